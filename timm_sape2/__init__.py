@@ -1,0 +1,3 @@
+"""SaPE2 and other position encodings for timm's vision transformers. Importing registers the models with timm."""
+
+from .version import __version__ as __version__
