@@ -1,0 +1,3 @@
+"""The SaPE2 attention bias."""
+
+from .reference import sape2_bias as sape2_bias
