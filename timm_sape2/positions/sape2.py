@@ -10,6 +10,7 @@ from torch.jit import Final
 from ..ops.sape2 import sape2_bias
 from .base import Host, PositionEncoding
 
+torch.fx.wrap('sape2_bias')
 
 class SaPE2(PositionEncoding):
     """2D Semantic-Aware Position Encoding (arXiv 2505.09466): an attention bias from content-dependent positions.
