@@ -1,0 +1,52 @@
+"""Names and options of encodings."""
+
+import pytest
+
+from timm_sape2.positions import ENCODINGS, Host, build_encodings, parse_position, valid_options
+
+HOST = Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
+
+
+def test_names_are_joined_by_plus_and_keep_their_order():
+    assert parse_position('sape2+learned', {'sape2': {'target': 'q'}}) == {'sape2': {'target': 'q'}, 'learned': {}}
+
+
+def test_options_are_the_keyword_arguments_of_the_encoding():
+    assert valid_options('sape2') == ['target', 'gating', 'gate_source', 'axes', 'num_positions', 'distance_scale']
+    assert valid_options('learned') == []
+
+
+def test_an_encoding_is_built_where_its_hooks_are_called():
+    options = parse_position('learned+sape2')
+    assert list(build_encodings(options, ('rotate', 'attention_bias'), HOST)) == ['sape2']
+    assert list(build_encodings(options, ('add_to_tokens', 'mix_tokens'), HOST)) == []
+
+
+@pytest.mark.parametrize(
+    ('position', 'position_args', 'message'),
+    [
+        ('sape3', None, 'Unknown position encoding \'sape3\'.*Valid names.*nope, learned, sape2'),
+        ('learned+', None, 'Unknown position encoding \'\''),
+        ('', None, 'Unknown position encoding \'\''),
+        (None, None, 'position must be a string'),
+        ('sape2+sape2', None, 'names an encoding twice'),
+        ('nope+sape2', None, 'combines "nope"'),
+        ('learned', {'sape2': {}}, "options for 'sape2', but position is 'learned'"),
+        ('sape2', {'sape2': {'targets': 'q'}}, "Unknown option 'targets'.*Valid options: target, gating"),
+        ('learned', {'learned': {'std': 1}}, "Unknown option 'std'.*Valid options: none"),
+        ('sape2', {'sape2': {'device': 'cpu'}}, "Unknown option 'device'"),
+        ('sape2', {'sape2': 'q'}, 'must be a mapping'),
+        ('sape2', 'target=q', 'position_args must be a mapping'),
+    ],
+)
+def test_bad_names_and_options(position, position_args, message):
+    with pytest.raises(ValueError, match=message):
+        parse_position(position, position_args)
+
+
+@pytest.mark.parametrize('name', ENCODINGS)
+def test_every_encoding_says_what_a_user_asks(name):
+    documentation = ENCODINGS[name].__doc__
+    assert 'refix tokens' in documentation
+    assert 'grid' in documentation
+    assert 'parameter' in documentation
