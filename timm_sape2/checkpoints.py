@@ -1,9 +1,9 @@
-"""Carrying checkpoints into a model: the authors' layout, plain timm ViTs, other grids, patch sizes, channels, classes."""
+"""Carrying a checkpoint into a model: from the authors' code or a plain timm ViT, to another grid or patch size."""
 
 import logging
 import math
 import re
-from typing import Optional
+from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
@@ -20,7 +20,7 @@ AUTHORS_TABLE = re.compile(r'^(blocks\.\d+\.attn)\.cope\.cope_([xy])\.pos_emb$')
 AUTHORS_UNUSED = re.compile(r'^blocks\.\d+\.(gamma_[12]|attn\.cope\.(cope_[xy]\.)?w_k(\..+)?|attn\.cope\.norm\..+)$')
 
 
-def checkpoint_filter_fn(state_dict: StateDict, model: VisionTransformer) -> StateDict:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> StateDict:
     """Convert a checkpoint so that it loads strictly into `model`, timm's `pretrained_filter_fn`.
 
     Channels and classes are adapted by timm afterwards, as for any of its models.
@@ -92,7 +92,7 @@ def rename_from_authors(state_dict: StateDict) -> StateDict:
     return renamed
 
 
-def declared_grid(model: VisionTransformer, patch_size: Grid) -> Optional[Grid]:
+def declared_grid(model: VisionTransformer, patch_size: Grid) -> Grid | None:
     """Native grid of the checkpoint, from the configuration that came with it.
 
     Args:
@@ -111,12 +111,12 @@ def declared_grid(model: VisionTransformer, patch_size: Grid) -> Optional[Grid]:
     return height // patch_size[0], width // patch_size[1]
 
 
-def position_embedding_grid(num_tokens: int, declared: Optional[Grid], target: Grid) -> Grid:
+def position_embedding_grid(num_tokens: int, declared: Grid | None, target: Grid) -> Grid:
     """Decide on which grid the `pos_embed` of a checkpoint was learned.
 
     The declared grid counts if it accounts for every token. Otherwise the configuration is stale, as for a bare file of
-    a model that was trained at another size. A square is then assumed, as timm does, but never where the tokens could as
-    well be on the model's own non-square grid.
+    a model that was trained at another size. A square is then assumed, as timm does, but never where the tokens could
+    as well be on the model's own non-square grid.
 
     Args:
         num_tokens: Patch entries in `pos_embed`.
@@ -135,14 +135,14 @@ def position_embedding_grid(num_tokens: int, declared: Optional[Grid], target: G
     ambiguous = num_tokens == math.prod(target) and target[0] != target[1]
     if side * side != num_tokens or ambiguous:
         raise ValueError(
-            f'pos_embed of the checkpoint has {num_tokens} patch entries, but its configuration declares grid {declared}. '
-            'Declare the image size that it was trained at: pretrained_cfg_overlay=dict(file=..., input_size=(3, H, W)).'
+            f'pos_embed of the checkpoint has {num_tokens} patch entries, its configuration declares grid {declared}. '
+            'Declare its image size: pretrained_cfg_overlay=dict(file=..., input_size=(3, H, W)).'
         )
     _logger.warning(f'Assuming a square grid ({side}, {side}) for pos_embed, the declared one is {declared}.')
     return side, side
 
 
-def adapt_encodings(state_dict: StateDict, model: VisionTransformer, source_grid: Optional[Grid]) -> None:
+def adapt_encodings(state_dict: StateDict, model: VisionTransformer, source_grid: Grid | None) -> None:
     """Let every encoding convert its entries, and give encodings that the checkpoint lacks their initial values."""
     initial = model.state_dict()
     added = []

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,7 @@ POSITION_TABLE = re.compile(r'(^|\.)position\.\w+\.\w+$')
 class PositionAttention(Attention):
     """timm's multi-head self-attention with the attention hooks of position encodings."""
 
-    rotates: Final[bool]
-    has_bias: Final[bool]
-    num_prefix_tokens: Final[int]
+    __constants__ = ('has_bias', 'num_prefix_tokens', 'rotates')  # TorchScript drops the branches not taken
 
     def set_position(self, position: nn.ModuleDict, num_prefix_tokens: int) -> None:
         """Install encodings, called once by the block after construction."""
@@ -51,7 +49,7 @@ class PositionAttention(Attention):
         self,
         x: Tensor,
         grid: tuple[int, int],
-        attn_mask: Optional[Tensor] = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
         """Attend over prefix and patch tokens.
@@ -105,7 +103,7 @@ class PositionAttention(Attention):
         """Sum of all encodings' biases, 0 for prefix tokens, broadcastable to (B, h, P + N, P + N)."""
         prefix = self.num_prefix_tokens
         query, key, value = query[:, :, prefix:], key[:, :, prefix:], value[:, :, prefix:]
-        total: Optional[Tensor] = None
+        total: Tensor | None = None
         for encoding in self.position.values():
             bias = encoding.attention_bias(query, key, value, grid)
             if bias is not None:
@@ -144,7 +142,7 @@ class PositionBlock(Block):
         self,
         x: Tensor,
         grid: tuple[int, int],
-        attn_mask: Optional[Tensor] = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
         """Apply attention and MLP to tokens (B, P + N, C) of a grid with N patches."""
@@ -181,11 +179,11 @@ class PositionVisionTransformer(VisionTransformer):
 
     def __init__(
         self,
-        img_size: Union[int, tuple[int, int]] = 224,
-        patch_size: Union[int, tuple[int, int]] = 16,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
         *,
         position: str = 'learned+sape2',
-        position_args: Optional[Mapping[str, Any]] = None,
+        position_args: Mapping[str, Any] | None = None,
         embed_dim: int = 768,
         num_heads: int = 12,
         class_token: bool = True,
@@ -207,17 +205,17 @@ class PositionVisionTransformer(VisionTransformer):
                     f'patch_drop_rate={patch_drop_rate} removes patches, but position encoding '
                     f'{", ".join(map(repr, needs_grid))} needs the whole grid; use patch_drop_rate=0.'
                 )
-        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        check_divisible(img_size, patch_size, dynamic_img_pad)
+        (height, width), (patch_height, patch_width) = to_2tuple(img_size), to_2tuple(patch_size)
+        check_divisible((height, width), (patch_height, patch_width), dynamic_img_pad)
         host = Host(
             embed_dim=embed_dim,
             num_heads=num_heads,
-            grid=(img_size[0] // patch_size[0], img_size[1] // patch_size[1]),
+            grid=(height // patch_height, width // patch_width),
             num_prefix_tokens=int(class_token) + reg_tokens,
         )
         super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
+            img_size=(height, width),
+            patch_size=(patch_height, patch_width),
             embed_dim=embed_dim,
             num_heads=num_heads,
             class_token=class_token,
@@ -250,8 +248,8 @@ class PositionVisionTransformer(VisionTransformer):
 
     def set_input_size(
         self,
-        img_size: Optional[Union[int, tuple[int, int]]] = None,
-        patch_size: Optional[Union[int, tuple[int, int]]] = None,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
     ) -> None:
         """Change the native image and patch size, resampling what depends on the grid.
 
@@ -262,11 +260,10 @@ class PositionVisionTransformer(VisionTransformer):
         Raises:
             ValueError: The patch size does not divide the image size.
         """
-        img_size = None if img_size is None else to_2tuple(img_size)
-        patch_size = None if patch_size is None else to_2tuple(patch_size)
-        current = self.patch_embed
-        check_divisible(img_size or current.img_size, patch_size or current.patch_size, self.dynamic_img_pad)
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        image = to_2tuple(img_size or self.patch_embed.img_size)
+        patch = to_2tuple(patch_size or self.patch_embed.patch_size)
+        check_divisible(image, patch, self.dynamic_img_pad)
+        super().set_input_size(img_size=image, patch_size=None if patch_size is None else patch)
         for module in self.modules():
             if isinstance(module, PositionEncoding):
                 module.set_grid(self.patch_embed.grid_size)
@@ -304,7 +301,7 @@ class PositionVisionTransformer(VisionTransformer):
         self,
         x: Tensor,
         grid: tuple[int, int],
-        attn_mask: Optional[Tensor],
+        attn_mask: Tensor | None,
         is_causal: bool,
         depth: int,
         keep: list[int],
@@ -332,7 +329,7 @@ class PositionVisionTransformer(VisionTransformer):
                 x = mixed if prefix == 0 else torch.cat([x[:, :prefix], mixed], dim=1)
         return x
 
-    def forward_features(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Compute normalised tokens (B, P + N, embed_dim) from images (B, C, height, width)."""
         x, grid = self.embed(x)
         keep: list[int] = []
@@ -342,16 +339,16 @@ class PositionVisionTransformer(VisionTransformer):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: Optional[Union[int, list[int]]] = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
         output_dict: bool = False,
-        attn_mask: Optional[Tensor] = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]], dict[str, Any]]:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
         """Compute the outputs of intermediate blocks.
 
         Args:
@@ -390,7 +387,8 @@ class PositionVisionTransformer(VisionTransformer):
                 result['image_features'] = self.norm(x)
             return result
         if prefix is not None and return_prefix_tokens:
-            intermediates = list(zip(intermediates, prefix, strict=True))
+            pairs = list(zip(intermediates, prefix, strict=True))
+            return pairs if intermediates_only else (self.norm(x), pairs)
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
 
@@ -418,7 +416,9 @@ def check_images(
         raise ValueError(f'Expected images as (batch, channels, height, width), got {x.dim()} dimensions.')
     channels, height, width = x.shape[1], x.shape[2], x.shape[3]
     if channels != in_chans:
-        raise ValueError(f'Images have {channels} channels, the model takes {in_chans}; create it with in_chans={channels}.')
+        raise ValueError(
+            f'Images have {channels} channels, the model takes {in_chans}; create it with in_chans={channels}.'
+        )
     if not dynamic_img_size:
         if height != img_size[0] or width != img_size[1]:
             raise ValueError(

@@ -25,9 +25,9 @@ def test_an_encoding_is_built_where_its_hooks_are_called():
 @pytest.mark.parametrize(
     ('position', 'position_args', 'message'),
     [
-        ('sape3', None, 'Unknown position encoding \'sape3\'.*Valid names.*nope, learned, sape2'),
-        ('learned+', None, 'Unknown position encoding \'\''),
-        ('', None, 'Unknown position encoding \'\''),
+        ('sape3', None, "Unknown position encoding 'sape3'.*Valid names.*nope, learned, sape2"),
+        ('learned+', None, "Unknown position encoding ''"),
+        ('', None, "Unknown position encoding ''"),
         (None, None, 'position must be a string'),
         ('sape2+sape2', None, 'names an encoding twice'),
         ('nope+sape2', None, 'combines "nope"'),

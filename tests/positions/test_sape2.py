@@ -62,9 +62,7 @@ class TestOptions:
         encoding = SaPE2(HOST, target=target, gate_source=gate_source)
         query, key, value = inputs()
         gate_key = {'key': key, 'value': value}[gate_source]
-        expected = sape2_bias(
-            query, key, gate_key, encoding.row_table, encoding.column_table, (7, 9), 16**-0.5, target
-        )
+        expected = sape2_bias(query, key, gate_key, encoding.row_table, encoding.column_table, (7, 9), 16**-0.5, target)
         assert torch.equal(bias(encoding), expected)
 
     def test_separate_gates_read_mapped_keys(self):

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ ENCODINGS: dict[str, type[PositionEncoding]] = {
 }
 
 
-def parse_position(position: str, position_args: Optional[Mapping[str, Any]] = None) -> dict[str, dict[str, Any]]:
+def parse_position(position: str, position_args: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """Split a name such as 'learned+sape2' and check it and its options.
 
     Args:
@@ -50,7 +50,9 @@ def parse_position(position: str, position_args: Optional[Mapping[str, Any]] = N
 
     position_args = {} if position_args is None else position_args
     if not isinstance(position_args, Mapping):
-        raise ValueError(f"position_args must be a mapping such as {{'sape2': {{'target': 'q'}}}}, got {position_args!r}.")
+        raise ValueError(
+            f"position_args must be a mapping such as {{'sape2': {{'target': 'q'}}}}, got {position_args!r}."
+        )
     for name, options in position_args.items():
         if name not in names:
             raise ValueError(f'position_args has options for {name!r}, but position is {position!r}.')
@@ -75,8 +77,8 @@ def build_encodings(
     options: Mapping[str, Mapping[str, Any]],
     hooks: tuple[str, ...],
     host: Host,
-    device: Optional[torch.device] = None,
-    dtype: Optional[torch.dtype] = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.ModuleDict:
     """Build those of the named encodings that override any of `hooks`.
 
@@ -90,8 +92,10 @@ def build_encodings(
     Returns:
         The encodings by name.
     """
-    return nn.ModuleDict({
-        name: ENCODINGS[name](host, **kwargs, device=device, dtype=dtype)
-        for name, kwargs in options.items()
-        if ENCODINGS[name].overrides(*hooks)
-    })
+    return nn.ModuleDict(
+        {
+            name: ENCODINGS[name](host, **kwargs, device=device, dtype=dtype)
+            for name, kwargs in options.items()
+            if ENCODINGS[name].overrides(*hooks)
+        }
+    )

@@ -1,6 +1,6 @@
 """The seam between the vision transformer and a position encoding."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -39,13 +39,13 @@ class PositionEncoding(nn.Module):
     """The model keeps timm's own learned `pos_embed`, and adds, resamples and stores it as timm does."""
 
     bias_has_prefix_tokens = False
-    """`attention_bias` returns rows and columns for the prefix tokens too, (..., P + N, P + N) instead of (..., N, N)."""
+    """`attention_bias` covers the prefix tokens too, (..., P + N, P + N) instead of (..., N, N)."""
 
     def add_to_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the patch embeddings with positions added, (B, N, C), before the first block."""
         return tokens
 
-    def mix_tokens(self, tokens: Tensor, grid: tuple[int, int], block_index: int) -> Optional[Tensor]:
+    def mix_tokens(self, tokens: Tensor, grid: tuple[int, int], block_index: int) -> Tensor | None:
         """Return the patch tokens after block `block_index` changed, (B, N, C), or None to leave them alone."""
         return None
 
@@ -53,7 +53,7 @@ class PositionEncoding(nn.Module):
         """Return queries and keys for the dot product, (B, h, N, d) each."""
         return query, key
 
-    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Optional[Tensor]:
+    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """Return what is added to the scaled dot products, broadcastable to (B, h, N, N), or None for nothing.
 
         Queries and keys come normalised and before any rotation, so that encodings do not see one another.
@@ -67,7 +67,7 @@ class PositionEncoding(nn.Module):
         self,
         state_dict: dict[str, Tensor],
         prefix: str,
-        source_grid: Optional[tuple[int, int]],
+        source_grid: tuple[int, int] | None,
     ) -> None:
         """Convert this encoding's entries of a checkpoint, in place, before they are checked and loaded.
 

@@ -4,7 +4,7 @@ from .base import PositionEncoding
 
 
 class LearnedPosition(PositionEncoding):
-    """Learned absolute embeddings, `x_i + e_i` before the first block (Dosovitskiy et al. 2020, arXiv 2010.11929, eq. 1).
+    """Learned absolute embeddings, `x_i + e_i` before the first block (arXiv 2010.11929, equation 1).
 
     The parameter is timm's own `pos_embed`, (1, P + N, C), which keeps its name and place so that checkpoints of plain
     timm vision transformers fit. Prefix tokens have entries of their own (none with `no_embed_class=True`). At another

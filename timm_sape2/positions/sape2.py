@@ -1,6 +1,6 @@
 """2D Semantic-Aware Position Encoding (SaPE2)."""
 
-from typing import Optional
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -11,6 +11,7 @@ from ..ops.sape2 import sape2_bias
 from .base import Host, PositionEncoding
 
 torch.fx.wrap('sape2_bias')
+
 
 class SaPE2(PositionEncoding):
     """2D Semantic-Aware Position Encoding (arXiv 2505.09466): an attention bias from content-dependent positions.
@@ -24,10 +25,10 @@ class SaPE2(PositionEncoding):
 
     Args:
         host: The model that this encoding is built into.
-        target: What reads the positions: 'k' queries (embedding on keys), 'q' keys (on queries), 'qk' both biases summed.
+        target: What reads the positions: 'k' queries (embedding on keys), 'q' keys (on queries), 'qk' the sum of both.
         gating: 'semantic', or 'none' for gates of 1, which makes positions plain distances.
-        gate_source: What queries are compared with for gates: 'key', 'separate' (keys through a learned map of their own,
-            shared by heads and axes) or 'value'.
+        gate_source: What queries are compared with for gates: 'key', 'separate' (keys through a learned map, shared by
+            heads and axes) or 'value'.
         axes: 'xy' rows and columns, 'x' rows only, 'y' columns only.
         num_positions: Entries of each table; positions are clamped to the last.
         distance_scale: 'none' (the paper), or 'grid' to multiply distances by sqrt(W_reference / W) and
@@ -41,6 +42,7 @@ class SaPE2(PositionEncoding):
     scale: Final[float]
     semantic: Final[bool]
     gates_from_value: Final[bool]
+    reference_grid: Tensor | None
 
     def __init__(
         self,
@@ -52,8 +54,8 @@ class SaPE2(PositionEncoding):
         axes: str = 'xy',
         num_positions: int = 10,
         distance_scale: str = 'none',
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         _check_choice('target', target, ('k', 'q', 'qk'))
         _check_choice('gating', gating, ('semantic', 'none'))
@@ -65,14 +67,14 @@ class SaPE2(PositionEncoding):
         if gating == 'none' and gate_source != 'key':
             raise ValueError(f"gate_source={gate_source!r} has no effect with gating='none'; leave one of them out.")
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.target = target
         self.scale = host.head_dim**-0.5
         self.semantic = gating == 'semantic'
         self.gates_from_value = gate_source == 'value'
         self.native_grid = host.grid
 
-        def table(used: bool) -> Optional[nn.Parameter]:
+        def table(used: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(num_positions, host.head_dim, **dd)) if used else None
 
         self.row_table = table('x' in axes)
@@ -91,8 +93,8 @@ class SaPE2(PositionEncoding):
         if self.reference_grid is not None:
             self.reference_grid.copy_(torch.tensor(self.native_grid))
 
-    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Optional[Tensor]:
-        gate_key: Optional[Tensor] = None
+    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        gate_key: Tensor | None = None
         if self.semantic:
             gate_key = value if self.gates_from_value else self.gate_key(key)
         return sape2_bias(
@@ -111,7 +113,7 @@ class SaPE2(PositionEncoding):
         self,
         state_dict: dict[str, Tensor],
         prefix: str,
-        source_grid: Optional[tuple[int, int]],
+        source_grid: tuple[int, int] | None,
     ) -> None:
         """Give a checkpoint that was trained with `distance_scale='none'` its own grid as the reference."""
         has_tables = any(f'{prefix}{name}' in state_dict for name in ('row_table', 'column_table'))

@@ -5,8 +5,6 @@ column of the grid, L its length. Positions and distances are computed in float3
 autocast state. The maths with its sources is in README.md beside this file.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -44,7 +42,7 @@ def unit_gates(query: Tensor) -> Tensor:
 
 
 def soft_positions(gates: Tensor, num_positions: int) -> Tensor:
-    """Step 2: position of t for x, the gates from t to the end of the line, `p[x, t] = min(sum_{t' >= t} g[x, t'], n - 1)`.
+    """Step 2: position of t for x, the sum of its gates from t to the end of the line, at most n - 1.
 
     Args:
         gates: Gates, (..., L, L).
@@ -133,7 +131,7 @@ def pairwise_distances_from_products(points: Tensor) -> Tensor:
 def axis_bias(
     query: Tensor,
     key: Tensor,
-    gate_key: Optional[Tensor],
+    gate_key: Tensor | None,
     table: Tensor,
     scale: float,
     target: str,
@@ -170,13 +168,13 @@ def axis_bias(
 def sape2_bias(
     query: Tensor,
     key: Tensor,
-    gate_key: Optional[Tensor],
-    row_table: Optional[Tensor],
-    column_table: Optional[Tensor],
+    gate_key: Tensor | None,
+    row_table: Tensor | None,
+    column_table: Tensor | None,
     grid: tuple[int, int],
     scale: float,
     target: str = 'k',
-    reference_grid: Optional[Tensor] = None,
+    reference_grid: Tensor | None = None,
 ) -> Tensor:
     """Attention bias of SaPE2, `B[i, j] = |u_i - u_j| + |v_i - v_j|` with row signatures u and column signatures v.
 
