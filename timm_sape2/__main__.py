@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
 from .scripts import ScriptError, run_script
@@ -55,9 +56,9 @@ def build_parser() -> Parser:
         description="SaPE2 and other position encodings for timm's vision transformers.",
         epilog="""\
 examples:
-  timm-sape2 list                                 the models
-  timm-sape2 run train.py --model NAME ...        a script of timm's, with these models
-  timm-sape2 COMMAND --help                       all about one command""",
+  timm-sape2 list                           the models
+  timm-sape2 run train.py --model NAME ...  a script of timm, with these models
+  timm-sape2 COMMAND --help                 all about one command""",
     )
     versions = f'timm-sape2 {__version__} (timm {timm.__version__}, torch {torch.__version__})'
     parser.add_argument('--version', action='version', version=versions)
@@ -77,12 +78,17 @@ def add_list(commands: Commands) -> None:
         epilog="""\
 examples:
   timm-sape2 list
-  timm-sape2 list '*patch4_32'          those for images of 32x32; quotes keep the * from the shell
-  timm-sape2 list vit_small_pos_\\*      ViT-S with one encoding after the other, for comparisons
+  timm-sape2 list '*patch4_32'       those for images of 32x32
+  timm-sape2 list 'vit_small_pos_*'  one transformer with each of the encodings
 
-Any of the names goes wherever timm takes a model: timm.create_model(NAME), train.py --model NAME.""",
+A name goes wherever timm takes a model: timm.create_model(NAME), --model NAME.""",
     )
     parser.add_argument('pattern', nargs='?', default='', help='names to show, with the wildcards * ? [] as in timm')
+    parser.add_argument(
+        '--gmacs',
+        action='store_true',
+        help='count 10^9 multiply-accumulates an image too: matrix products and convolutions',
+    )
     parser.set_defaults(command=show_models)
 
 
@@ -91,57 +97,67 @@ def show_models(arguments: argparse.Namespace) -> None:
     names = timm.list_models(arguments.pattern, module='vision_transformer_sape2')
     if not names:
         raise ValueError(f"no model matches {arguments.pattern!r}; 'timm-sape2 list' shows them all")
-    rows = [('model', 'position', 'input', 'patch', 'parameters'), *map(describe_model, names)]
+    rows: list[tuple[str, ...]] = [('model', 'position', 'input', 'patch', 'parameters')]
+    if arguments.gmacs:
+        rows[0] += ('GMACs',)
+    for name in names:
+        model = timm.create_model(name, device='meta').eval()
+        rows.append(describe_model(model) + ((f'{count_gmacs(model):.3g}',) if arguments.gmacs else ()))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def describe_model(name: str) -> tuple[str, str, str, str, str]:
-    """Return name, position encoding, input size, patch size and number of parameters, without allocating the model."""
-    model: Any = timm.create_model(name, device='meta')
-    encodings = [*(['learned'] if model.pos_embed is not None else []), *model.position, *model.blocks[0].attn.position]
+def describe_model(model: Any) -> tuple[str, ...]:
+    """Return name, position encoding, input size, patch size and number of parameters of a model."""
     return (
-        name,
-        '+'.join(encodings) or 'nope',
+        model.pretrained_cfg['architecture'],
+        model.position_name,
         'x'.join(map(str, model.pretrained_cfg['input_size'])),
         'x'.join(map(str, model.patch_embed.patch_size)),
         f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M',
     )
 
 
+def count_gmacs(model: Any) -> float:
+    """Return the billions of multiply-accumulates for one image that torch's counter sees, for a model on `meta`."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+    return counter.get_total_flops() / 2e9
+
+
 def add_run(commands: Commands) -> None:
     """Add `run`."""
     parser = commands.add_parser(
         'run',
-        usage='%(prog)s SCRIPT [ARGUMENT ...]',
         help="run a script of timm's, unchanged, with these models",
         description="""\
-Run any Python script as `python SCRIPT ARGUMENT ...` does, but with the models
-of this package registered. It is meant for timm's train.py, validate.py,
+Run any Python script as `python SCRIPT ...` does, but with the models of this
+package registered. It is meant for timm's train.py, validate.py,
 inference.py, benchmark.py and onnx_export.py, which are in timm's repository
 and not in its package. Everything after SCRIPT goes to the script, --help too,
 and the exit code is the script's.""",
         epilog="""\
 examples:
   timm-sape2 run train.py --help
-  timm-sape2 run train.py --data-dir DATA --model vit_small_sape2_patch4_32 --num-classes 10 --img-size 32
-  timm-sape2 run validate.py DATA --model vit_small_sape2_patch4_32 --checkpoint model_best.pth.tar
+  timm-sape2 run train.py --data-dir DATA --model vit_small_sape2_patch4_32 \\
+      --num-classes 10
+  timm-sape2 run validate.py DATA --model vit_small_sape2_patch4_32 \\
+      --checkpoint output/train/NAME/model_best.pth.tar
   torchrun --nproc_per_node=2 -m timm_sape2 run train.py ...
 
 In a checkout of timm, write `--no-python timm-sape2 run` in place of
 `-m timm_sape2 run`: with -m, Python takes the timm of the current folder
 instead of the installed one.""",
     )
-    parser.add_argument('script', metavar='SCRIPT', help='path of the script')
-    rest = parser.add_argument('arguments', metavar='ARGUMENT', nargs=argparse.REMAINDER, help='what the script gets')
-    rest.required = False
+    parser.add_argument('script', metavar='SCRIPT', nargs=argparse.PARSER, help='path of the script, and its arguments')
     parser.set_defaults(command=run, user_errors=ScriptError)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run a script; what it raises is its own affair."""
-    run_script(arguments.script, arguments.arguments)
+    path, *rest = arguments.script
+    run_script(path, rest)
 
 
 COMMANDS = (add_list, add_run)

@@ -1,4 +1,4 @@
-"""Runs scripts that know nothing of this package, such as timm's own, with the models of this package registered."""
+"""Run scripts that know nothing of this package, such as timm's own, with the models of this package registered."""
 
 import functools
 import os
@@ -19,15 +19,15 @@ class ScriptError(ValueError):
 
 
 def run_script(path: str | os.PathLike[str], arguments: Sequence[str] = ()) -> None:
-    """Runs a Python script as `python PATH ARGUMENTS` does, but with the models of this package registered.
+    """Run a Python script as `python PATH ARGUMENTS` does, but with the models of this package registered.
 
-    The script sees its own `__main__`, `sys.argv` and `sys.path[0]`. What it raises comes out untouched: a traceback
-    speaks of the script, and `SystemExit` carries its exit code. Afterwards all is as it was before.
+    The script has its own `__main__`, `sys.argv` and `sys.path[0]`, which are put back afterwards. What it raises comes
+    out untouched: a traceback speaks of the script, and `SystemExit` carries its exit code.
 
     timm's scripts usually lie in a checkout of timm, beside a `timm` folder of another version. The installed timm is
     used all the same: it is imported already, its submodules are looked up in its own folder, and worker processes
-    that import it anew find it first (see `_search_path`). This holds from `timm-sape2 run`; `python -m timm_sape2`
-    started *inside* a checkout takes the checkout's timm, because `-m` puts the current folder before all others.
+    that import it anew find it first (see `_search_path`). Only `python -m timm_sape2` with the checkout as the current
+    folder takes the other one, before any code of this package runs; the command `timm-sape2` does not.
 
     A program that the script itself starts, and a function that it runs in a spawned process, begin without the
     models. Data loader workers do not need them.
@@ -37,9 +37,9 @@ def run_script(path: str | os.PathLike[str], arguments: Sequence[str] = ()) -> N
         arguments: What follows the script's name on the command line.
 
     Raises:
-        ScriptError: If there is no such file, or it cannot be read.
+        ScriptError: The file does not exist or cannot be read.
     """
-    filename = os.path.abspath(path)
+    filename = str(Path(path).absolute())
     code = compile(_read(path), filename, 'exec', dont_inherit=True)
     main = ModuleType('__main__')
     main.__file__ = filename
@@ -56,7 +56,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
 
 @contextmanager
 def _started_as(main: ModuleType, argv: list[str]) -> Iterator[None]:
-    """Sets what Python sets when it starts a script, and puts back what was there."""
+    """Set what Python sets when it starts a script, and put back what was there."""
     old_argv, old_path, old_main = sys.argv, sys.path.copy(), sys.modules['__main__']
     sys.argv = argv
     if not getattr(sys.flags, 'safe_path', False):
@@ -69,7 +69,7 @@ def _started_as(main: ModuleType, argv: list[str]) -> Iterator[None]:
 
 
 def _search_path(folder: Path) -> list[str]:
-    """What stands first in `sys.path` for a script in this folder: the folder, as in any Python.
+    """Return what stands first in `sys.path` for a script in this folder: the folder, as Python has it.
 
     Where the folder holds another timm, the home of the imported one goes before it. Processes that multiprocessing
     spawns get a copy of `sys.path` and import timm from it, and they must not get another version than their parent.
@@ -82,7 +82,7 @@ def _search_path(folder: Path) -> list[str]:
 
 @contextmanager
 def _ddp_takes_cpu_as_device_id() -> Iterator[None]:
-    """Lets a distributed script train on CPUs that names its device to `DistributedDataParallel`, as timm's train.py.
+    """Let scripts train on CPUs that name their device to `DistributedDataParallel`, as timm's train.py does.
 
     DDP wants no `device_ids` for a model on the CPU, and refuses `[device]`, which is what a script gives that treats
     all devices alike. In a distributed environment, ids that all name the CPU are left out; others pass untouched.

@@ -230,6 +230,7 @@ class PositionVisionTransformer(VisionTransformer):
         )
         self.blocks = nn.ModuleList(self.blocks)
         self.dynamic_img_pad = dynamic_img_pad
+        self.position_name = position
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         self.position = build_encodings(options, TOKEN_HOOKS, host, **dd)
         self.mixes_tokens = any(type(encoding).overrides('mix_tokens') for encoding in self.position.values())
