@@ -1,0 +1,71 @@
+"""What the README says holds: its code runs, its table is what the command prints, its flags exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_sape2.__main__ import main
+from timm_sape2.positions import ENCODINGS
+from timm_sape2.training.arguments import build_parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+
+
+def blocks(language):
+    return re.findall(rf'```{language}\n(.*?)```', README, flags=re.DOTALL)
+
+
+def block_with(language, text):
+    (block,) = [block for block in blocks(language) if text in block]
+    return block
+
+
+def test_models_of_the_first_example():
+    names = {}
+    exec(block_with('python', 'registers the models'), names)
+    assert names['model'].blocks[0].attn.position.sape2.target == 'q'
+
+
+def test_loading_at_another_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'output' / 'train' / 'mine'
+    folder.mkdir(parents=True)
+    trained = timm.create_model('vit_compact_sape2_patch4_32')
+    torch.save({'state_dict': trained.state_dict()}, folder / 'model_best.pth.tar')
+    names = {'timm': timm}
+    exec(block_with('python', 'img_size=48'), names)
+    assert names['model'].patch_embed.grid_size == (12, 12)
+
+
+def test_an_encoding_of_your_own():
+    exec(block_with('python', 'class RowDistance'), {})
+    try:
+        model = timm.create_model('test_vit_sape2', position='learned+rowdistance', img_size=(48, 64), num_classes=3)
+        model(torch.randn(2, 3, 48, 64)).sum().backward()
+        assert model.blocks[0].attn.position.rowdistance.slope.grad.abs().sum() > 0
+        with pytest.raises(ValueError, match=r'Valid options: start'):
+            timm.create_model('test_vit_sape2', position='rowdistance', position_args={'rowdistance': {'stop': 1}})
+    finally:
+        del ENCODINGS['rowdistance']
+
+
+def test_the_table_of_models_is_what_the_command_prints(capsys):
+    main(['list', '--gmacs'])
+    assert block_with('text', 'GMACs') == capsys.readouterr().out
+
+
+def test_flags_of_train_commands():
+    commands = re.findall(r'^python train.py (.+)$', '\n'.join(blocks('bash')), flags=re.MULTILINE)
+    assert commands
+    for command in commands:
+        build_parser().parse_args(shlex.split(command))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r'\]\(([^)#]+)\)', README):
+        assert target.startswith('https://') or (ROOT / target).exists(), target
