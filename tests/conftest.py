@@ -1,0 +1,39 @@
+"""Fixtures that the tests share."""
+
+import pytest
+import timm
+import torch
+
+from timm_sape2.positions import ENCODINGS
+
+
+@pytest.fixture(scope='session', autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[*ENCODINGS, 'learned+sape2'])
+def position(request):
+    """Every position encoding, and two together."""
+    return request.param
+
+
+@pytest.fixture(scope='session')
+def tiny_vit():
+    """Function that creates a model on a 7x9 grid in which positions matter, unlike right after initialisation."""
+
+    def create(position='learned+sape2', **kwargs):
+        sizes = dict(img_size=(56, 72), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+        model = timm.create_model('test_vit_sape2', position=position, **(sizes | kwargs)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if 'qkv.weight' in name or 'pos_embed' in name or 'position.' in name:
+                    parameter.normal_(std=0.2)
+        return model
+
+    return create

@@ -1,0 +1,262 @@
+"""A run that is stopped, however and whenever, and resumed must end exactly as a run that was left alone."""
+
+import argparse
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import train
+
+from timm_sape2.training.checkpoint_files import read_checkpoint
+from timm_sape2.training.resume import check_same_run, find_checkpoint
+from timm_sape2.training.task import ResumePoint
+
+# Everything random that train.py has, and 5 batches an epoch, which do not come out even with updates of 2.
+FLAGS = """
+    --model test_vit_sape2 --img-size 32 --num-classes 2 --epochs 3 --batch-size 8 --grad-accum-steps 2
+    --lr 0.01 --warmup-epochs 1 --clip-grad 1 --drop 0.1 --drop-path 0.2 --mixup 0.8 --cutmix 1 --reprob 0.5
+    --aa rand-m9-mstd0.5-inc1 --model-ema --model-ema-decay 0.9 --checkpoint-hist 2 --device cpu --resume auto
+""".split()
+
+
+def test_resume_points_are_ordered():
+    """A checkpoint at the end of epoch 3 goes on with epoch 4, and so is after one in the middle of epoch 3."""
+    end_of_epoch_3 = ResumePoint.of_checkpoint({'epoch': 3, 'optimizer': {}})
+    assert end_of_epoch_3 == ResumePoint(epoch=4, num_batches=0)
+    assert end_of_epoch_3.is_after(ResumePoint(epoch=3, num_batches=70))
+    assert ResumePoint(epoch=4, num_batches=1).is_after(end_of_epoch_3)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(photos, tmp_path_factory):
+    """Function that returns the folder of a run that was left alone."""
+    folders = {}
+
+    def folder(workers):
+        if workers not in folders:
+            argv = command(photos, tmp_path_factory.mktemp(f'workers{workers}'), workers)
+            assert train.main(argv) == 0
+            folders[workers] = Path(argv[-3], 'run')
+        return folders[workers]
+
+    return folder
+
+
+def command(photos, output, workers=0, *flags):
+    return [*FLAGS, *flags, '--data-dir', str(photos), '-j', str(workers), '--output', str(output), '--experiment', 'run']
+
+
+def assert_same_run(folder, expected):
+    """Compare weights, moving average, optimizer, best weights and summary, bit for bit, and the names of all files."""
+    for name in ('last.pth.tar', 'model_best.pth.tar'):
+        ours, theirs = read_checkpoint(folder / name), read_checkpoint(expected / name)
+        for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer'):
+            assert_equal(ours[key], theirs[key])
+    assert (folder / 'summary.csv').read_text() == (expected / 'summary.csv').read_text()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in expected.iterdir()}
+
+
+def assert_equal(ours, theirs):
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        for our, their in zip(ours, theirs, strict=True):
+            assert_equal(our, their)
+    else:
+        assert ours == theirs
+
+
+def at_call(number, act, when=lambda *args: True):
+    """Decorator that does something before the n-th of the calls that matter."""
+
+    def decorate(function):
+        count = 0
+
+        def wrapper(*args, **kwargs):
+            nonlocal count
+            count += when(*args)
+            if count == number and when(*args):
+                act(*args)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_of_half_a_checkpoint(state, path):
+    Path(path).write_bytes(Path(path).with_name('last.pth.tar').read_bytes()[:50_000])
+    die()
+
+
+def replaces(name):
+    return lambda source, target: Path(target).name == name
+
+
+DEATHS = {
+    'in the middle of an epoch': ('train.backward', at_call(8, die)),
+    'after a recovery checkpoint': ('train.backward', at_call(10, die)),
+    'in validation': ('train.evaluate', at_call(3, die)),
+    'while a checkpoint is written': ('torch.save', at_call(4, die_of_half_a_checkpoint)),
+    'while last.pth.tar is away': ('os.replace', at_call(2, die, replaces('last.pth.tar'))),
+    'before the copies of a checkpoint': ('os.link', at_call(3, die)),
+    'before the best is replaced': ('os.link', at_call(2, die)),
+    'while the summary is written': ('os.replace', at_call(3, die, replaces('summary.csv'))),
+}
+
+
+def train_and_die(death, argv):
+    place, decorate = DEATHS[death]
+    with pytest.MonkeyPatch.context() as patch:
+        module, _, name = place.rpartition('.')
+        patch.setattr(place, decorate(getattr(__import__(module), name)))
+        train.main(argv)
+
+
+def in_child(function, *args):
+    """Run a function in a process of its own, forked from one that has imported everything, and return how it ended."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['train'])
+    process = context.Process(target=as_main_process, args=(function, *args))
+    process.start()
+    process.join(timeout=120)
+    return process.exitcode
+
+
+def as_main_process(function, *args):
+    multiprocessing.set_start_method('fork', force=True)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+@pytest.mark.parametrize(
+    ('death', 'workers', 'flags'),
+    [
+        ('in the middle of an epoch', 0, []),
+        ('in the middle of an epoch', 1, []),
+        ('after a recovery checkpoint', 0, ['--recovery-interval', '1']),
+        ('in validation', 0, []),
+        ('while a checkpoint is written', 0, ['--recovery-interval', '2']),
+        ('while last.pth.tar is away', 0, []),
+        ('before the copies of a checkpoint', 0, []),
+        ('before the best is replaced', 0, []),
+        ('while the summary is written', 0, []),
+    ],
+)
+def test_killed_and_resumed_is_exact(death, workers, flags, photos, undisturbed, tmp_path):
+    argv = command(photos, tmp_path, workers, *flags)
+    assert in_child(train_and_die, death, argv) == -signal.SIGKILL
+    assert train.main(argv) == 0
+    assert_same_run(tmp_path / 'run', undisturbed(workers))
+
+
+@pytest.mark.parametrize(
+    ('place', 'call', 'workers', 'number', 'saved'),
+    [
+        # The signal comes in batch 2 of epoch 1. Its update takes batch 3 too.
+        ('backward', 8, 0, signal.SIGTERM, 'recovery-1-4.pth.tar'),
+        ('backward', 10, 1, signal.SIGINT, 'recovery-1-5.pth.tar'),
+        ('evaluate', 3, 0, signal.SIGTERM, 'recovery-1-5.pth.tar'),
+    ],
+)
+def test_stopped_by_a_signal_and_resumed_is_exact(
+    place, call, workers, number, saved, photos, undisturbed, tmp_path, monkeypatch
+):
+    argv = command(photos, tmp_path, workers)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        send = at_call(call, lambda *args: os.kill(os.getpid(), number))
+        patch.setattr(train, place, send(getattr(train, place)))
+        train.main(argv)
+    assert stop.value.code == 128 + number
+    assert (tmp_path / 'run' / saved).exists()
+    assert train.main(argv) == 0
+    assert_same_run(tmp_path / 'run', undisturbed(workers))
+
+
+def train_until_the_terminal_closes(argv):
+    os.setsid()
+    train.backward = at_call(2, lambda *args: os.killpg(0, signal.SIGTERM))(train.backward)
+    train.main(argv)
+
+
+def test_signal_to_the_loader_processes_too(photos, tmp_path):
+    """`timeout` and batch systems signal all processes of a job, and those of the loader must not die before us."""
+    assert in_child(train_until_the_terminal_closes, command(photos, tmp_path, 1)) == 128 + signal.SIGTERM
+    assert (tmp_path / 'run' / 'recovery-0-2.pth.tar').exists()
+
+
+def test_finished_run_has_nothing_left_to_do(photos, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'train_one_epoch', None)
+    folder = undisturbed(0)
+    before = (folder / 'summary.csv').read_text()
+    assert train.main(command(photos, folder.parent)) == 0
+    assert (folder / 'summary.csv').read_text() == before
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Function that writes a checkpoint with these arguments and returns its path."""
+
+    def write(name='last', epoch=3, folder='', **args):
+        path = tmp_path / folder / f'{name}.pth.tar'
+        path.parent.mkdir(exist_ok=True)
+        torch.save({'epoch': epoch, 'optimizer': {}, 'args': argparse.Namespace(**args)}, path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ('trained_with', 'message'),
+    [
+        ({'model': 'test_vit'}, "model 'test_vit' instead of 'test_vit_sape2'"),
+        ({'model_kwargs': {'position': 'nope'}}, "model_kwargs {'position': 'nope'} instead of {'depth': 2}"),
+        ({'num_classes': 3, 'input_size': (3, 48, 64)}, r'num_classes 3 instead of 2, input_size \(3, 48, 64\)'),
+        ({'weight_decay': 0.1}, 'weight_decay 0.1 instead of 0.05'),
+    ],
+)
+def test_another_run_is_refused_by_what_differs(trained_with, message, checkpoint):
+    now = dict(model='test_vit_sape2', model_kwargs={'depth': 2}, num_classes=2, input_size=(3, 32, 32))
+    now.update(weight_decay=0.05, batch_size=8, lr=0.1)
+    check_same_run(checkpoint(**dict(now, lr=0.2, batch_size=16, input_size=[3, 32, 32])), argparse.Namespace(**now))
+    with pytest.raises(ValueError, match=message):
+        check_same_run(checkpoint(**dict(now, **trained_with)), argparse.Namespace(**now))
+
+
+def test_another_batch_size_is_refused_in_the_middle_of_an_epoch(checkpoint):
+    path = checkpoint(batch_size=16)
+    state = dict(read_checkpoint(path), resume_point=vars(ResumePoint(epoch=1, num_batches=2)))
+    torch.save(state, path)
+    with pytest.raises(ValueError, match='batch_size 16 instead of 8'):
+        check_same_run(path, argparse.Namespace(batch_size=8))
+
+
+def test_find_checkpoint(checkpoint, tmp_path):
+    run = tmp_path / 'run'
+    assert find_checkpoint('', run) is None
+    assert find_checkpoint('auto', run) is None
+    elsewhere = checkpoint('elsewhere', epoch=9)
+    assert find_checkpoint(str(elsewhere), run) == elsewhere
+    older, newest = checkpoint('checkpoint-2', 2, 'run'), checkpoint('last', 3, 'run')
+    assert find_checkpoint('auto', run) == newest
+    assert find_checkpoint(str(newest), run) == newest
+    for resume in ('', str(older), str(elsewhere)):
+        with pytest.raises(ValueError, match='holds a run that got as far as last.pth.tar'):
+            find_checkpoint(resume, run)
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    torch.save({'state_dict': {}}, tmp_path / 'weights.pth')
+    with pytest.raises(ValueError, match='use it as --initial-checkpoint'):
+        find_checkpoint(str(tmp_path / 'weights.pth'), tmp_path / 'run')

@@ -1,0 +1,1 @@
+"""What train.py is built from, beside timm: one idea in each module."""

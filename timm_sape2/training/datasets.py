@@ -1,0 +1,83 @@
+"""Opening the two data sets of a run, and finding what is wrong with them before it starts."""
+
+import argparse
+import os
+from typing import Any
+
+from timm.data import create_dataset
+from torch.utils.data import Dataset
+
+from .digits import Digits
+
+STREAMED = ('hfids/', 'tfds/', 'wds/')
+
+
+def open_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset]:
+    """Open the training and the validation data.
+
+    Args:
+        args: The arguments of the run.
+        in_chans: 1 for gray images, 3 for color.
+
+    Raises:
+        ValueError: If there is no such data, none in it, or the two splits do not fit together.
+    """
+    image_mode = {1: 'L', 3: 'RGB'}.get(in_chans)
+    if image_mode is None:
+        raise ValueError(f'the model takes {in_chans} channels, but images have 1 or 3: set --in-chans')
+    if args.dataset == 'digits':
+        return Digits(args.train_split, image_mode), Digits(args.val_split, image_mode)
+    train, validation = (_open(args, split, image_mode) for split in (args.train_split, args.val_split))
+    _check_classes(train, validation)
+    return train, validation
+
+
+def count_classes(dataset: Dataset) -> int | None:
+    """Return the number of classes of a data set, or None where it does not tell."""
+    names = _classes(dataset)
+    return None if names is None else len(names)
+
+
+def check_class_count(dataset: Dataset, num_classes: int) -> None:
+    """Raise a ValueError if a model with so many classes does not fit the data."""
+    count = count_classes(dataset)
+    if count is not None and count != num_classes:
+        raise ValueError(f'the data has {count} classes, the model {num_classes}: set --num-classes {count}')
+
+
+def _open(args: argparse.Namespace, split: str, image_mode: str) -> Dataset:
+    in_folders = not args.dataset
+    if args.dataset.startswith(STREAMED):
+        raise ValueError(f'--dataset {args.dataset} is streamed: a run on it could not be resumed exactly')
+    if args.dataset and '/' not in args.dataset:
+        raise ValueError(f"unknown --dataset {args.dataset!r}: 'digits', a type/name of timm's, or empty for folders")
+    if in_folders and not args.data_dir:
+        raise ValueError('no data: give --data-dir DIR, or --dataset digits')
+    if in_folders and not os.path.isdir(args.data_dir):
+        raise ValueError(f'--data-dir {args.data_dir} is not a folder')
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            download=args.dataset_download,
+            input_img_mode=image_mode,
+        )
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f'cannot open the {split!r} split of {args.dataset or args.data_dir}: {error}') from error
+    if in_folders and os.path.samefile(dataset.reader.root, args.data_dir):
+        folders = ', '.join(sorted(entry.name for entry in os.scandir(args.data_dir) if entry.is_dir()))
+        raise ValueError(f'no folder {split!r} in {args.data_dir}, which has: {folders or "none"}')
+    return dataset
+
+
+def _classes(dataset: Any) -> list[str] | None:
+    classes = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or getattr(dataset, 'classes', None)
+    return None if classes is None else list(classes)
+
+
+def _check_classes(train: Dataset, validation: Dataset) -> None:
+    expected, found = _classes(train), _classes(validation)
+    if expected != found and expected is not None and found is not None:
+        odd = ', '.join(sorted(set(expected) ^ set(found))) or 'their order'
+        raise ValueError(f'the training and the validation data differ in their classes: {odd}')

@@ -1,0 +1,35 @@
+"""Where a run computes and in which precision: device, processes, mixed precision."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timm.utils import NativeScaler, init_distributed_device
+
+
+def set_up_device(args: argparse.Namespace) -> torch.device:
+    """Join the processes of a distributed run and return the device of this one; `args` gets rank and world size.
+
+    Raises:
+        ValueError: If there is no such device, or it cannot do the mixed precision asked for.
+    """
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    kind, _, index = args.device.partition(':')
+    if kind not in ('cpu', 'cuda') or (index and not index.isdigit()):
+        raise ValueError(f'--device must be cpu, cuda or cuda:N, not {args.device}')
+    if kind == 'cuda' and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'no --device {args.device}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs')
+    if kind == 'cpu' and args.amp and args.amp_dtype == 'float16':
+        raise ValueError('--amp-dtype float16 needs a GPU: use bfloat16 on the CPU')
+    if kind == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return init_distributed_device(args)
+
+
+def mixed_precision(args: argparse.Namespace, device: torch.device) -> tuple[Callable, NativeScaler | None]:
+    """Return the autocast context of `--amp`, without effect if it is off, and the loss scaler that float16 needs."""
+    autocast = partial(torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
+    scaled = args.amp and args.amp_dtype == 'float16'
+    return autocast, NativeScaler(device=device.type) if scaled else None

@@ -1,0 +1,27 @@
+"""What the processes of a distributed run tell each other; alone, a process agrees with itself."""
+
+import argparse
+from typing import Any
+
+import torch
+from timm.utils import reduce_tensor
+
+from .randomness import get_random_state
+
+
+def mean_loss_and_stop(loss: torch.Tensor, stop: bool, args: argparse.Namespace) -> tuple[float, bool]:
+    """Return the mean of the losses of all processes, and whether any of them is to stop."""
+    values = torch.stack([loss.detach().float(), torch.tensor(float(stop), device=loss.device)])
+    if args.distributed:
+        values = reduce_tensor(values, args.world_size)
+    mean_loss, any_stop = values.tolist()
+    return mean_loss, any_stop > 0
+
+
+def all_random_states(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the states of the random generators of all processes, by rank."""
+    if not args.distributed:
+        return [get_random_state()]
+    states: list[Any] = [None] * args.world_size
+    torch.distributed.all_gather_object(states, get_random_state())
+    return states
