@@ -82,7 +82,7 @@ class PositionAttention(Attention):
                 value,
                 attn_mask=attn_mask,
                 dropout_p=self.attn_drop.p if self.training else 0.0,
-                is_causal=is_causal,
+                is_causal=bool(is_causal) if torch.jit.is_tracing() else is_causal,  # the old ONNX exporter: a tensor
             )
         else:
             attn = (query * self.scale) @ key.transpose(-2, -1)
