@@ -12,8 +12,8 @@ import logging
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,7 +65,7 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says and return the exit code; stopped by a signal, exit with 128 and its number."""
+    """Train as the command line says and return the exit code; a signal ends it with SystemExit."""
     set_up_logging()
     try:
         run = set_up(parse_arguments(sys.argv[1:] if argv is None else argv, DEFAULT_RECIPE))
@@ -182,18 +182,15 @@ def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint
     point = dataclasses.replace(run.start) if epoch == run.start.epoch else ResumePoint(epoch)
     num_batches, images_per_batch = len(run.train_loader), args.batch_size * args.world_size
     updates_per_epoch = math.ceil(num_batches / args.grad_accum_steps)
-    batches = begin_epoch(run, point)
     shown = run.saver is not None
     progress = EpochProgress(point, run.num_epochs, num_batches, images_per_batch, args.log_interval, shown)
+    task.trainable_module.train()
     run.optimizer.zero_grad()
-    with progress:
+    with progress, closing(epoch_batches(run, point)) as batches:
         for input, target in batches:
             num_updates, batches_before = divmod(point.num_batches, args.grad_accum_steps)
             batches_of_update = min(args.grad_accum_steps, num_batches - num_updates * args.grad_accum_steps)
             need_update = batches_before + 1 == batches_of_update
-            input, target = input.to(run.device), target.to(run.device)
-            if run.mixup is not None and not isinstance(run.mixup, FastCollateMixup):
-                input, target = run.mixup(input, target)
             with nullcontext() if need_update else task.no_sync():
                 with run.autocast():
                     loss = task(input, target)['loss']
@@ -213,23 +210,26 @@ def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint
     return point
 
 
-def begin_epoch(run: Run, point: ResumePoint) -> Iterator[tuple[Tensor, Tensor]]:
-    """Seed the epoch, set the model to training and return the batches from the resume point on.
+def epoch_batches(run: Run, point: ResumePoint) -> Generator[tuple[Tensor, Tensor]]:
+    """Seed the epoch and yield its batches from the resume point on.
 
     Batches that were trained on already are drawn once more, to bring the loader and its processes to the same place.
     """
     args = run.args
-    run.task.trainable_module.train()
     seed_epoch(args.seed, point.epoch, args.rank)
     loaders.set_loader_epoch(run.train_loader, point.epoch)
     if run.mixup is not None:
         run.mixup.mixup_enabled = not args.mixup_off_epoch or point.epoch < args.mixup_off_epoch
-    batches = iter(run.train_loader)
+    batches = loaders.batches(run.train_loader)
     for _ in range(point.num_batches):
         next(batches)
     if point.random_states:
         set_random_state(point.random_states[args.rank])
-    return batches
+    for input, target in batches:
+        input, target = input.to(run.device), target.to(run.device)
+        if run.mixup is not None and not isinstance(run.mixup, FastCollateMixup):
+            input, target = run.mixup(input, target)
+        yield input, target
 
 
 def backward(run: Run, loss: Tensor, need_update: bool) -> None:
@@ -253,12 +253,13 @@ def evaluate(run: Run, signals: SignalCatcher, ema: bool = False) -> dict[str, f
     """Validate the weights, or their moving average; return None if a signal came in between."""
     model = run.task.evaluated_module(ema)
     evaluator = run.task.create_evaluator(max_samples=evaluation_sample_limit(run.val_loader))
-    for input, target in run.val_loader:
-        with run.autocast():
-            output = model(input.to(run.device))
-        evaluator.update(output, target.to(run.device))
-        if mean_loss_and_stop(output.new_zeros(()), signals.caught, run.args)[1]:
-            return None
+    with closing(loaders.batches(run.val_loader)) as batches:
+        for input, target in batches:
+            with run.autocast():
+                output = model(input.to(run.device))
+            evaluator.update(output, target.to(run.device))
+            if mean_loss_and_stop(output.new_zeros(()), signals.caught, run.args)[1]:
+                return None
     return evaluator.compute(distributed=run.args.distributed)
 
 

@@ -56,6 +56,14 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             tiny_vit(**sizes)
 
+    def test_padding_needs_a_dynamic_size(self, tiny_vit):
+        """Patches tile a fixed size as it is, since timm's patch embedding would pad but the grid would not grow."""
+        with pytest.raises(ValueError, match='dynamic_img_size=True with dynamic_img_pad=True'):
+            tiny_vit(img_size=(53, 70), dynamic_img_pad=True)
+        model = tiny_vit(dynamic_img_pad=True)
+        with pytest.raises(ValueError, match='dynamic_img_size=True with dynamic_img_pad=True'):
+            model.set_input_size((53, 70))
+
     @pytest.mark.parametrize('name', ['rope3', '', 'learned+', 'SaPE2'])
     def test_unknown_encoding_lists_the_valid_ones(self, name):
         with pytest.raises(ValueError, match=r'Unknown position encoding .*Valid names.*: nope, learned, sape2'):

@@ -190,5 +190,5 @@ def vit_small_pos_sape2_patch4_32(pretrained: bool = False, **kwargs: Any) -> Po
 @register_model
 def test_vit_sape2(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
     """Tiny ViT with SaPE2 and learned absolute position embeddings, for tests."""
-    model_args = dict(patch_size=16, embed_dim=64, depth=2, num_heads=2, position='learned+sape2')
+    model_args = dict(patch_size=16, embed_dim=64, depth=3, num_heads=2, position='learned+sape2')
     return _create('test_vit_sape2', pretrained, **dict(model_args, **kwargs))

@@ -57,7 +57,8 @@ class PositionAttention(Attention):
         Args:
             x: Tokens, (B, P + N, C).
             grid: Rows and columns of patches, their product is N.
-            attn_mask: Mask as in timm, boolean (True attends) or additive, broadcastable to (B, h, P + N, P + N).
+            attn_mask: Mask as in timm, boolean (True attends) or additive, broadcastable to (B, h, P + N, P + N). A masked
+                token still takes part in content-based positions such as those of SaPE2.
             is_causal: Mask later tokens; as in timm it takes precedence over `attn_mask`.
 
         Returns:
@@ -206,6 +207,7 @@ class PositionVisionTransformer(VisionTransformer):
                     f'{", ".join(map(repr, needs_grid))} needs the whole grid; use patch_drop_rate=0.'
                 )
         (height, width), (patch_height, patch_width) = to_2tuple(img_size), to_2tuple(patch_size)
+        dynamic_img_pad = dynamic_img_pad and dynamic_img_size
         check_divisible((height, width), (patch_height, patch_width), dynamic_img_pad)
         host = Host(
             embed_dim=embed_dim,

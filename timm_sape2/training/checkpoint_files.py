@@ -34,8 +34,8 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> dict[st
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # what torch raises for bytes that make no sense depends on the bytes, even OSError
-        unsafe = 'weights_only' in str(error) or 'Unsupported' in str(error)
-        problem = 'holds pickled Python objects' if unsafe else 'is truncated or no checkpoint'
+        unsafe = 'unsupported global' in str(error).lower()
+        problem = 'holds pickled Python objects, which may run code' if unsafe else 'is truncated or no checkpoint'
         raise ValueError(f'{path} {problem}') from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{path} holds no weights but a {type(checkpoint).__name__}')

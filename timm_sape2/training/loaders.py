@@ -2,13 +2,14 @@
 
 import argparse
 import signal
+from collections.abc import Generator
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_loader, resolve_model_data_config
 from timm.data.loader import adapt_to_chs
 from timm.models import get_model_input_config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 
@@ -114,6 +115,11 @@ def set_loader_epoch(loader: DataLoader, epoch: int) -> None:
         loader.sampler.set_epoch(epoch)
 
 
+def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a loader. To close this ends the processes of the loader, also after an error."""
+    yield from loader
+
+
 def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return dict(
         mean=data_config['mean'],
@@ -131,7 +137,10 @@ def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch
 
 
 def _seed_of_worker(worker: Any) -> int:
-    """Return the seed of a loader process, and leave signals to the main process, which stops at a clean place."""
+    """Return the seed of a loader process, and let the process outlive a signal to the whole job.
+
+    The main process needs it to come to a clean place. A second SIGTERM does end it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     return worker.seed

@@ -37,7 +37,6 @@ class EpochProgress:
         stream: TextIO | None = None,
     ):
         stream = stream or sys.stderr
-        self.first_batch = point.num_batches
         self.batches_to_go = (num_epochs - point.epoch) * num_batches
         self.num_batches = num_batches
         self.images_per_batch = images_per_batch
@@ -53,7 +52,7 @@ class EpochProgress:
             file=stream,
             disable=self.in_lines or not enabled,
         )
-        self.start = time.perf_counter()
+        self.clock: tuple[float, int] | None = None
 
     def __enter__(self) -> 'EpochProgress':
         return self
@@ -67,12 +66,17 @@ class EpochProgress:
         Args:
             point: Where the epoch has come to.
         """
-        seconds_per_batch = (time.perf_counter() - self.start) / (point.num_batches - self.first_batch)
-        to_go = timedelta(seconds=round(seconds_per_batch * (self.batches_to_go - point.num_batches)))
-        self.bar.set_postfix_str(f'loss {point.mean_loss:.4f}, run ends in {to_go}', refresh=False)
+        text = f'loss {point.mean_loss:.4f}'
+        speed = ''
+        if self.clock is None:
+            # The first batch takes longer: loader processes start, batches of a resumed epoch are drawn again.
+            self.clock = time.perf_counter(), point.num_batches
+        else:
+            start, first_batch = self.clock
+            seconds = (time.perf_counter() - start) / (point.num_batches - first_batch)
+            speed = f'{self.images_per_batch / seconds:.0f} images/s'
+            text += f', run ends in {timedelta(seconds=round(seconds * (self.batches_to_go - point.num_batches)))}'
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.images_per_batch)
         if self.in_lines and point.num_batches % self.log_interval == 0:
-            _logger.info(
-                f'Epoch {point.epoch}  batch {point.num_batches}/{self.num_batches}  loss {point.mean_loss:.4f}  '
-                f'{self.images_per_batch / seconds_per_batch:.0f} images/s  run ends in {to_go}'
-            )
+            _logger.info(f'Epoch {point.epoch}, batch {point.num_batches}/{self.num_batches}, {speed}, {text}')

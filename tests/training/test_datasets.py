@@ -1,0 +1,69 @@
+"""Data sets are opened, or refused with the reason, before anything else happens."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from torch.utils.data import Dataset
+
+from timm_sape2.training.datasets import check_class_count, count_classes, open_datasets
+
+
+def arguments(folder, **kwargs):
+    defaults = dict(dataset='', dataset_download=False, train_split='train', val_split='validation')
+    return SimpleNamespace(data_dir=str(folder), **{**defaults, **kwargs})
+
+
+def test_folders(photos):
+    """DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE."""
+    train, validation = open_datasets(arguments(photos), in_chans=3)
+    assert (len(train), len(validation), count_classes(train)) == (40, 8, 2)
+    image, target = validation[0]
+    assert (image.size, image.mode, target) == ((32, 32), 'RGB', 0)
+    assert open_datasets(arguments(photos), in_chans=1)[0][0][0].mode == 'L'
+
+
+def test_split_goes_by_other_names_too(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / 'photos')
+    (tmp_path / 'photos' / 'validation').rename(tmp_path / 'photos' / 'val')
+    assert len(open_datasets(arguments(tmp_path / 'photos'), in_chans=3)[1]) == 8
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(val_split='test'), r"no folder 'test' in .*, which has: train, validation"),
+        (dict(data_dir=None), 'no data: give --data-dir DIR'),
+        (dict(dataset='wds/photos'), 'is streamed'),
+        (dict(dataset='cifar10'), "unknown --dataset 'cifar10'"),
+        (dict(dataset='torch/cifar10'), "cannot open the 'train' split of torch/cifar10: Dataset not found"),
+        (dict(dataset='torch/cifar11'), 'Unknown torchvision dataset cifar11'),
+        (dict(dataset='digits', val_split='test'), "not 'test'"),
+    ],
+)
+def test_what_is_missing_is_named(kwargs, message, photos):
+    args = arguments(photos)
+    vars(args).update(kwargs)
+    with pytest.raises(ValueError, match=message):
+        open_datasets(args, in_chans=3)
+
+
+def test_class_that_validation_lacks(photos, tmp_path):
+    """timm numbers the classes of each split by itself, so that a missing one would shift the others."""
+    shutil.copytree(photos, tmp_path / 'photos')
+    shutil.copytree(photos / 'train' / 'cat', tmp_path / 'photos' / 'train' / 'bird')
+    with pytest.raises(ValueError, match='differ in their classes: bird'):
+        open_datasets(arguments(tmp_path / 'photos'), in_chans=3)
+
+
+def test_images_have_one_or_three_channels(photos):
+    with pytest.raises(ValueError, match='the model takes 4 channels'):
+        open_datasets(arguments(photos), in_chans=4)
+
+
+def test_class_count(photos):
+    train, _ = open_datasets(arguments(photos), in_chans=3)
+    check_class_count(train, 2)
+    with pytest.raises(ValueError, match='the data has 2 classes, the model 10: set --num-classes 2'):
+        check_class_count(train, 10)
+    check_class_count(Dataset(), 10)
