@@ -12,14 +12,14 @@ import logging
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from timm import utils
-from timm.data import FastCollateMixup, Mixup
+from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import evaluation_sample_limit
@@ -28,15 +28,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 import timm_sape2  # noqa: F401  registers the models
-from timm_sape2.training import checkpoint_files, datasets, device, loaders, resume, run_folder
+from timm_sape2.training import checkpoint_files, datasets, hardware, loaders, resume, run_folder
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.curves import draw_curves
 from timm_sape2.training.interrupt import SignalCatcher
 from timm_sape2.training.model import build_model, create_optimizer
 from timm_sape2.training.next_steps import next_steps
-from timm_sape2.training.processes import all_random_states, mean_loss_and_stop
+from timm_sape2.training.processes import all_random_states, any_process, mean_loss_and_stop
 from timm_sape2.training.progress import EpochProgress
-from timm_sape2.training.randomness import seed_epoch, set_random_state
 from timm_sape2.training.task import ResumableTask, ResumePoint
 
 DEFAULT_RECIPE = Path(__file__).parent / 'hub_configs' / 'vit_compact_sape2_patch4_32.digits' / 'train.yaml'
@@ -98,42 +97,53 @@ def set_up_logging() -> None:
 def set_up(args: argparse.Namespace) -> Run:
     """Check the arguments against device, disk, model and data; only then write to the folder of the run."""
     recipe = {name: value for name, value in vars(args).items() if name != 'config'}
-    target = device.set_up_device(args)
-    folder = run_folder.run_folder(args)
+    device = hardware.set_up_device(args)
+    folder = run_folder.path_of_run(args)
     run_folder.check_writable(folder)
     checkpoint = resume.find_checkpoint(args.resume, folder)
 
     utils.random_seed(args.seed)
-    model = build_model(args).to(target)
+    model = build_model(args).to(device)
     data_config = loaders.resolve_data(args, model)
     args.num_classes, args.input_size = model.num_classes, data_config['input_size']
-    if checkpoint is not None:
+    if checkpoint:
         resume.check_same_run(checkpoint, args)
     run_folder.check_free_space(folder, model, args)
 
     train_set, val_set = datasets.open_datasets(args, in_chans=args.input_size[0])
     datasets.check_class_count(train_set, args.num_classes)
-    mixup = loaders.create_mixup(args, args.num_classes, target)
-    train_loader = loaders.create_train_loader(args, train_set, data_config, target, mixup)
-    val_loader = loaders.create_validation_loader(args, val_set, data_config, target)
+    mixup = loaders.create_mixup(args, args.num_classes, device)
+    train_loader = loaders.create_train_loader(args, train_set, data_config, device, mixup)
+    val_loader = loaders.create_validation_loader(args, val_set, data_config, device)
 
     loss = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixup is not None)
-    task = ResumableTask(model, criterion_kwargs=loss, device=target, verbose=False)
+    task = ResumableTask(model, criterion_kwargs=loss, device=device, verbose=False)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     optimizer = create_optimizer(args, model)
-    autocast, loss_scaler = device.mixed_precision(args, target)
+    autocast, loss_scaler = hardware.mixed_precision(args, device)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
-    start = ResumePoint()
-    if checkpoint is not None:
-        start = resume.load_run(checkpoint, task, optimizer, loss_scaler)
+    start = resume.load_run(checkpoint, task, optimizer, loss_scaler) if checkpoint else ResumePoint()
     if args.torchcompile:
         task.compile(backend=args.torchcompile)
         task.compile_ema(backend=args.torchcompile)
     if args.distributed:
-        task.prepare_distributed(device_ids=[target] if target.type == 'cuda' else None)
-    parts = (args, target, train_loader, val_loader, mixup, task, optimizer, scheduler, num_epochs, autocast)
-    run = Run(*parts, loss_scaler, folder, start)
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
+    run = Run(
+        args=args,
+        device=device,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        mixup=mixup,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_epochs=num_epochs,
+        autocast=autocast,
+        loss_scaler=loss_scaler,
+        folder=folder,
+        start=start,
+    )
     if utils.is_primary(args):
         run.saver = open_folder(run, recipe, checkpoint)
     return run
@@ -163,6 +173,8 @@ def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> ut
 
 def fit(run: Run, signals: SignalCatcher) -> None:
     """Train and validate the epochs that are left."""
+    if run.start.epoch >= run.num_epochs:
+        _logger.info(f'All {run.num_epochs} epochs are trained; --epochs N trains more')
     for epoch in range(run.start.epoch, run.num_epochs):
         if run.scheduler is not None:
             run.scheduler.step(epoch)
@@ -184,9 +196,10 @@ def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint
     updates_per_epoch = math.ceil(num_batches / args.grad_accum_steps)
     shown = run.saver is not None
     progress = EpochProgress(point, run.num_epochs, num_batches, images_per_batch, args.log_interval, shown)
+    batches = loaders.epoch_batches(args, run.train_loader, run.mixup, point, run.device)
     task.trainable_module.train()
     run.optimizer.zero_grad()
-    with progress, closing(epoch_batches(run, point)) as batches:
+    with progress, closing(batches):
         for input, target in batches:
             num_updates, batches_before = divmod(point.num_batches, args.grad_accum_steps)
             batches_of_update = min(args.grad_accum_steps, num_batches - num_updates * args.grad_accum_steps)
@@ -210,28 +223,6 @@ def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint
     return point
 
 
-def epoch_batches(run: Run, point: ResumePoint) -> Generator[tuple[Tensor, Tensor]]:
-    """Seed the epoch and yield its batches from the resume point on.
-
-    Batches that were trained on already are drawn once more, to bring the loader and its processes to the same place.
-    """
-    args = run.args
-    seed_epoch(args.seed, point.epoch, args.rank)
-    loaders.set_loader_epoch(run.train_loader, point.epoch)
-    if run.mixup is not None:
-        run.mixup.mixup_enabled = not args.mixup_off_epoch or point.epoch < args.mixup_off_epoch
-    batches = loaders.batches(run.train_loader)
-    for _ in range(point.num_batches):
-        next(batches)
-    if point.random_states:
-        set_random_state(point.random_states[args.rank])
-    for input, target in batches:
-        input, target = input.to(run.device), target.to(run.device)
-        if run.mixup is not None and not isinstance(run.mixup, FastCollateMixup):
-            input, target = run.mixup(input, target)
-        yield input, target
-
-
 def backward(run: Run, loss: Tensor, need_update: bool) -> None:
     """Add the gradient of a batch, and update the weights if it is the last one of the update."""
     clip_grad, parameters = run.args.clip_grad, run.task.get_clip_parameters()
@@ -253,12 +244,13 @@ def evaluate(run: Run, signals: SignalCatcher, ema: bool = False) -> dict[str, f
     """Validate the weights, or their moving average; return None if a signal came in between."""
     model = run.task.evaluated_module(ema)
     evaluator = run.task.create_evaluator(max_samples=evaluation_sample_limit(run.val_loader))
-    with closing(loaders.batches(run.val_loader)) as batches:
+    batches = loaders.batches(run.val_loader)
+    with closing(batches):
         for input, target in batches:
             with run.autocast():
                 output = model(input.to(run.device))
             evaluator.update(output, target.to(run.device))
-            if mean_loss_and_stop(output.new_zeros(()), signals.caught, run.args)[1]:
+            if any_process(signals.caught, run.args, run.device):
                 return None
     return evaluator.compute(distributed=run.args.distributed)
 
@@ -269,16 +261,15 @@ def save_epoch(run: Run, epoch: int, train_metrics: dict[str, float], metrics: d
     run.task.resume_point = ResumePoint(epoch + 1)
     if run.saver is None:
         return
-    lr = run.optimizer.param_groups[0]['lr']
-    run_folder.add_to_summary(run.folder, epoch, train_metrics, metrics, lr)
+    rates = [group['lr'] for group in run.optimizer.param_groups]
+    run_folder.add_to_summary(run.folder, epoch, train_metrics, metrics, lr=sum(rates) / len(rates))
     best, best_epoch = run.saver.save_checkpoint(epoch, metric=metrics[run.args.eval_metric])
     for outdated in run.folder.glob('recovery*.pth.tar'):
         outdated.unlink()
     draw_curves(run.folder)
     _logger.info(
-        f'Epoch {epoch}  loss {train_metrics["loss"]:.4f}  validation: loss {metrics["loss"]:.4f}, '
-        f'top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} %  (best {run.args.eval_metric}: '
-        f'{best:.4g} in epoch {best_epoch})'
+        f'Epoch {epoch}, loss {train_metrics["loss"]:.4f}, validation: loss {metrics["loss"]:.4f}, '
+        f'top-1 {metrics["top1"]:.2f} % (best {run.args.eval_metric}: {best:.5g} in epoch {best_epoch})'
     )
 
 

@@ -57,8 +57,8 @@ class PositionAttention(Attention):
         Args:
             x: Tokens, (B, P + N, C).
             grid: Rows and columns of patches, their product is N.
-            attn_mask: Mask as in timm, boolean (True attends) or additive, broadcastable to (B, h, P + N, P + N). A masked
-                token still takes part in content-based positions such as those of SaPE2.
+            attn_mask: Mask as in timm, boolean (True attends) or additive, broadcastable to (B, h, P + N, P + N).
+                Masked tokens still take part in content-based positions such as those of SaPE2.
             is_causal: Mask later tokens; as in timm it takes precedence over `attn_mask`.
 
         Returns:

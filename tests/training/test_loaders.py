@@ -1,7 +1,6 @@
 """The loaders repeat themselves exactly when they are seeded alike."""
 
 from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -10,21 +9,20 @@ import torch
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.digits import Digits
 from timm_sape2.training.loaders import (
-    batches,
     create_mixup,
     create_train_loader,
     create_validation_loader,
+    epoch_batches,
     resolve_data,
-    set_loader_epoch,
 )
-from timm_sape2.training.randomness import seed_epoch
+from timm_sape2.training.task import ResumePoint
 
 CPU = torch.device('cpu')
 
 
 def arguments(*flags):
     args = parse_arguments(['--dataset', 'digits', '--batch-size', '64', '--workers', '0', *flags], None)
-    args.distributed, args.world_size = False, 1
+    args.distributed, args.world_size, args.rank = False, 1, 0
     return args
 
 
@@ -35,9 +33,8 @@ def data_config(args, **kwargs):
 def train_batches(args, epoch, count=2):
     """First batches of an epoch."""
     loader = create_train_loader(args, Digits('train', 'RGB'), data_config(args), CPU, None)
-    seed_epoch(args.seed, epoch, rank=0)
-    with closing(batches(loader)) as images_and_targets:
-        return [next(images_and_targets) for _ in range(count)]
+    with closing(epoch_batches(args, loader, None, ResumePoint(epoch), CPU)) as batches:
+        return [next(batches) for _ in range(count)]
 
 
 @pytest.mark.parametrize('workers', ['0', '1'])
@@ -79,8 +76,12 @@ def test_mixup():
         create_mixup(arguments('--cutmix', '1', '--batch-size', '5'), 10, CPU)
 
 
-def test_set_loader_epoch():
-    sampler = SimpleNamespace(set_epoch=lambda epoch: setattr(sampler, 'epoch', epoch))
-    set_loader_epoch(SimpleNamespace(sampler=sampler), 7)
-    assert sampler.epoch == 7
-    set_loader_epoch(SimpleNamespace(sampler=object()), 7)
+def test_mixup_ends_at_its_epoch():
+    args = arguments('--mixup', '0.8', '--mixup-off-epoch', '3')
+    mixup = create_mixup(args, 10, CPU)
+    loader = create_train_loader(args, Digits('train', 'RGB'), data_config(args), CPU, mixup)
+    for epoch in (2, 3):
+        with closing(epoch_batches(args, loader, mixup, ResumePoint(epoch), CPU)) as batches:
+            _, targets = next(batches)
+        num_labels = (targets > targets.min(1, keepdim=True).values).sum(1).max()
+        assert num_labels == (2 if epoch < 3 else 1)

@@ -15,15 +15,15 @@ from timm_sape2.training.run_folder import (
     begin_summary,
     check_free_space,
     check_writable,
-    run_folder,
+    path_of_run,
     write_arguments,
 )
 
 
 def test_folder_is_the_same_for_the_same_command():
     args = argparse.Namespace(output='runs', experiment='', model='vit_small_sape2.cifar10')
-    assert run_folder(args) == run_folder(args) == Path('runs/vit_small_sape2_cifar10')
-    assert run_folder(argparse.Namespace(output='runs', experiment='first', model='test_vit')) == Path('runs/first')
+    assert path_of_run(args) == path_of_run(args) == Path('runs/vit_small_sape2_cifar10')
+    assert path_of_run(argparse.Namespace(output='runs', experiment='first', model='test_vit')) == Path('runs/first')
 
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -3,7 +3,7 @@
 import argparse
 import signal
 from collections.abc import Generator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_loader, resolve_model_data_config
@@ -11,6 +11,9 @@ from timm.data.loader import adapt_to_chs
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from .randomness import seed_epoch, set_random_state
+from .task import ResumePoint
 
 
 def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def create_train_loader(
             auto_augment=args.aa,
             num_aug_repeats=args.aug_repeats,
             interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
-            collate_fn=mixup if isinstance(mixup, FastCollateMixup) else None,
+            collate_fn=None if _mixes_late(mixup) else mixup,
             **_common(args, data_config, device),
         )
     except (AssertionError, KeyError) as error:
@@ -109,15 +112,39 @@ def create_validation_loader(
     )
 
 
-def set_loader_epoch(loader: DataLoader, epoch: int) -> None:
-    """Let a distributed sampler shuffle for this epoch."""
-    if hasattr(loader.sampler, 'set_epoch'):
-        loader.sampler.set_epoch(epoch)
-
-
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor]]:
-    """Yield the batches of a loader. To close this ends the processes of the loader, also after an error."""
+    """Yield the batches of a loader. Closing this ends the processes of the loader, also after an error."""
     yield from loader
+
+
+def epoch_batches(
+    args: argparse.Namespace,
+    loader: DataLoader,
+    mixup: Mixup | None,
+    point: ResumePoint,
+    device: torch.device,
+) -> Generator[tuple[Tensor, Tensor]]:
+    """Seed an epoch and yield its batches from the resume point on.
+
+    Batches that were trained on already are drawn once more, to bring the loader and its processes to the same place.
+    """
+    seed_epoch(args.seed, point.epoch, args.rank)
+    if hasattr(loader.sampler, 'set_epoch'):
+        loader.sampler.set_epoch(point.epoch)
+    if mixup is not None:
+        mixup.mixup_enabled = not args.mixup_off_epoch or point.epoch < args.mixup_off_epoch
+    drawn = batches(loader)
+    for _ in range(point.num_batches):
+        next(drawn)
+    if point.random_states:
+        set_random_state(point.random_states[args.rank])
+    for images, targets in drawn:
+        images, targets = images.to(device), targets.to(device)
+        yield mixup(images, targets) if _mixes_late(mixup) else (images, targets)
+
+
+def _mixes_late(mixup: Mixup | None) -> TypeGuard[Mixup]:
+    return mixup is not None and not isinstance(mixup, FastCollateMixup)
 
 
 def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> dict[str, Any]:

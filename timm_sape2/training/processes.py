@@ -10,12 +10,19 @@ from .randomness import get_random_state
 
 
 def mean_loss_and_stop(loss: torch.Tensor, stop: bool, args: argparse.Namespace) -> tuple[float, bool]:
-    """Return the mean of the losses of all processes, and whether any of them is to stop."""
+    """Return the mean of the losses of all processes, and whether any of them is to stop, in one exchange."""
+    if not args.distributed:
+        return loss.item(), stop
     values = torch.stack([loss.detach().float(), torch.tensor(float(stop), device=loss.device)])
-    if args.distributed:
-        values = reduce_tensor(values, args.world_size)
-    mean_loss, any_stop = values.tolist()
+    mean_loss, any_stop = reduce_tensor(values, args.world_size).tolist()
     return mean_loss, any_stop > 0
+
+
+def any_process(flag: bool, args: argparse.Namespace, device: torch.device) -> bool:
+    """Return whether the flag is set in any of the processes."""
+    if not args.distributed:
+        return flag
+    return reduce_tensor(torch.tensor(float(flag), device=device), args.world_size).item() > 0
 
 
 def all_random_states(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -51,7 +51,9 @@ def check_same_run(path: Path, args: argparse.Namespace) -> None:
     differences = [
         f'{name} {trained_with[name]!r} instead of {getattr(args, name)!r}'
         for name in names
-        if name in trained_with and _plain(trained_with[name]) != _plain(getattr(args, name))
+        if name in trained_with
+        and not (name in MODEL and trained_with[name] is None)  # timm leaves what it takes from the model open
+        and _plain(trained_with[name]) != _plain(getattr(args, name))
     ]
     if differences:
         raise ValueError(f'cannot resume from {path}, which was trained with {", ".join(differences)}')

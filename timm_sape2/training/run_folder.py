@@ -14,7 +14,7 @@ from timm.utils import trim_summary, update_summary
 from torch import nn
 
 
-def run_folder(args: argparse.Namespace) -> Path:
+def path_of_run(args: argparse.Namespace) -> Path:
     """Return the folder of a run, the same for the same command, so that the run can find its checkpoints again."""
     return Path(args.output, args.experiment or safe_model_name(args.model))
 
