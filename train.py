@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.args.distributed:
             torch.distributed.destroy_process_group()
     if run.saver is not None:
-        print(next_steps(run.args, run.folder))
+        print(next_steps(run.args, run.task.trainable_module, run.folder))
     return 0
 
 

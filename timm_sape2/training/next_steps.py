@@ -3,33 +3,48 @@
 import argparse
 import shlex
 from pathlib import Path
+from typing import Any
+
+from timm.models import get_model_args
+from timm.utils import unwrap_model
+from torch import nn
 
 
-def next_steps(args: argparse.Namespace, folder: Path) -> str:
-    """Return the commands that use, continue and vary a run."""
-    height, width = args.input_size[-2:]
-    arguments = ', '.join(
-        f'{name}={value!r}'
-        for name, value in {
-            **args.model_kwargs,
-            'img_size': (height, width),
-            'in_chans': args.input_size[0],
-            'num_classes': args.num_classes,
-        }.items()
-    )
+def next_steps(args: argparse.Namespace, model: nn.Module, folder: Path) -> str:
+    """Return the commands that load, validate, continue and vary the model of a run."""
     best = folder / 'model_best.pth.tar'
-    again = f'python train.py -c {shlex.quote(str(folder / "args.yaml"))}'
-    kwargs = shlex.join(f'{name}={value}' for name, value in {**args.model_kwargs, 'position': 'learned'}.items())
+    channels, height, width = args.input_size
+    arguments = _arguments(args, model)
+    load = ', '.join(f'{name}={value!r}' for name, value in arguments.items())
+    kwargs = [f'{name}={value}' for name, value in arguments.items() if name not in ('in_chans', 'num_classes')]
+    validate = _command('timm-sape2 run validate.py DIR/validation --model', args.model, '--checkpoint', best)
+    validate += f' --num-classes {args.num_classes} --input-size {channels} {height} {width}'
+    if kwargs:
+        validate += _command(' --model-kwargs', *kwargs)
+    again = _command('python train.py -c', folder / 'args.yaml')
+    learned = _command(*(f'{name}={value}' for name, value in {**args.model_kwargs, 'position': 'learned'}.items()))
     return f"""\
 Trained. The weights are in {best}, curves and numbers beside them.
 Load them:
   import timm, timm_sape2
-  model = timm.create_model({args.model!r}, checkpoint_path={str(best)!r}, {arguments})
+  model = timm.create_model({args.model!r}, checkpoint_path={str(best)!r}, {load})
+Validate them on your images, with validate.py of timm:
+  {validate}
 Train longer:
   {again} --resume auto --epochs {2 * args.epochs}
 Compare with another position encoding:
-  {again} --model-kwargs {kwargs} --experiment learned
+  {again} --model-kwargs {learned} --experiment learned
 Go on at another resolution, from these weights:
-  {again} --pretrained-path {shlex.quote(str(best))} --img-size {2 * height} {2 * width} --experiment larger
-Train on your own images, in DIR/train/CLASS/ and DIR/validation/CLASS/:
+  {again} {_command('--pretrained-path', best, '--img-size', 2 * height, 2 * width)} --experiment larger
+Train on your images, in DIR/train/CLASS/ and DIR/validation/CLASS/:
   python train.py --data-dir DIR --model {args.model} --num-classes N"""
+
+
+def _arguments(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """Return what timm has to be told to create the model again."""
+    names = {'in_chans', 'num_classes', 'img_size', *args.model_kwargs}
+    return {name: value for name, value in get_model_args(unwrap_model(model)).items() if name in names}
+
+
+def _command(start: object, *words: object) -> str:
+    return ' '.join([str(start), *(shlex.quote(str(word)) for word in words)])
