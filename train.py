@@ -2,8 +2,9 @@
 """Train an image classifier on timm's parts. `python train.py --help` says how; without data it trains an example.
 
 Every epoch is seeded anew from (seed, epoch, rank), so that it can be repeated exactly: a run that was killed at any
-moment and resumed ends with the weights of one that was not. To be read from top to bottom: `main` reports errors,
-`set_up` finds them, `fit` goes through the epochs, `train_one_epoch` and `evaluate` through their batches.
+moment and resumed ends with the weights of one that was not, on a CPU bit for bit. To be read from top to bottom:
+`main` reports errors, `set_up` finds them, `fit` goes through the epochs, `train_one_epoch` and `evaluate` through
+their batches.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from timm_sape2.training.curves import draw_curves
 from timm_sape2.training.interrupt import SignalCatcher
 from timm_sape2.training.model import build_model, create_optimizer
 from timm_sape2.training.next_steps import next_steps
-from timm_sape2.training.processes import all_random_states, any_process, mean_loss_and_stop
+from timm_sape2.training.processes import all_random_states, any_process, mean_loss_and_stop, set_up_logging
 from timm_sape2.training.progress import EpochProgress
 from timm_sape2.training.task import ResumableTask, ResumePoint
 
@@ -85,15 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def set_up_logging() -> None:
-    """Let the primary process tell what it does, and every process warn."""
-    if not logging.root.handlers:
-        utils.setup_default_logging(logging.WARNING)
-    is_first = utils.world_info_from_env()[1] == 0
-    for name in ('train', 'timm_sape2', 'timm.models'):
-        logging.getLogger(name).setLevel(logging.INFO if is_first else logging.WARNING)
-
-
 def set_up(args: argparse.Namespace) -> Run:
     """Check the arguments against device, disk, model and data; only then write to the folder of the run."""
     recipe = {name: value for name, value in vars(args).items() if name != 'config'}
@@ -103,7 +95,7 @@ def set_up(args: argparse.Namespace) -> Run:
     checkpoint = resume.find_checkpoint(args.resume, folder)
 
     utils.random_seed(args.seed)
-    model = build_model(args).to(device)
+    model = build_model(args, with_weights=checkpoint is None).to(device)
     data_config = loaders.resolve_data(args, model)
     args.num_classes, args.input_size = model.num_classes, data_config['input_size']
     if checkpoint:

@@ -152,6 +152,14 @@ def test_pretrained_path_adapts_initial_checkpoint_does_not(run_folder, tmp_path
     assert '--pretrained-path would adapt it' in capsys.readouterr().err
 
 
+def test_resumed_run_does_not_need_the_weights_it_started_from(run_folder, tmp_path):
+    start = run_folder('--epochs', '1', experiment='start') / 'last.pth.tar'
+    flags = ['--initial-checkpoint', str(start), '--resume', 'auto']
+    run_folder('--epochs', '1', *flags)
+    start.unlink()
+    assert len(summary(run_folder(*flags))) == 2
+
+
 def test_loss_that_is_not_finite_ends_the_run(run_folder, tmp_path, capsys, monkeypatch):
     folder = run_folder('--epochs', '1', '--model-kwargs', 'position=learned')
     losses = []

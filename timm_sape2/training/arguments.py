@@ -94,6 +94,7 @@ def build_parser() -> ArgumentParser:
     """Build the parser of the whole command line."""
     parser = ArgumentParser(
         prog='train.py',
+        usage='train.py [-h] [-c FILE] [--data-dir DIR] [--model NAME] [FLAG ...]',
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -107,29 +108,42 @@ def build_parser() -> ArgumentParser:
 
 def _data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('data').add_argument
-    add('--data-dir', metavar='DIR', help='folder with the images, DIR/SPLIT/CLASS/IMAGE unless --dataset says else')
-    add('--dataset', default='', metavar='NAME', help="'digits', or a type/name of timm's as torch/cifar10, hfds/...")
-    add('--dataset-download', action=FLAG, default=False, help='let --dataset torch/... download its data to DIR')
+    add('--data-dir', metavar='DIR', help='folder of the images: DIR/train/CLASS/IMAGE, DIR/validation/CLASS/IMAGE')
+    add(
+        '--dataset',
+        default='',
+        metavar='NAME',
+        help="'digits' of scikit-learn, torch/cifar10 and others of torchvision, hfds/NAME of Hugging Face "
+        '(default: images in folders)',
+    )
+    add('--dataset-download', action=FLAG, default=False, help='download a data set of torchvision into DIR')
     add('--train-split', default='train', metavar='NAME', help='split to train on (default: %(default)s)')
     add('--val-split', default='validation', metavar='NAME', help='split to validate on (default: %(default)s)')
-    add('-b', '--batch-size', type=positive_int, default=128, metavar='N', help='images a process (default: 128)')
+    add('-b', '--batch-size', type=positive_int, default=128, metavar='N', help='images a process takes (default: 128)')
     add('-vb', '--validation-batch-size', type=positive_int, metavar='N', help='same in validation (default: as -b)')
-    add('-j', '--workers', type=whole_number, default=4, metavar='N', help='loader processes, 0: none (default: 4)')
-    add('--crop-pct', type=fraction, metavar='X', help='share of the image validation crops (default: of the model)')
-    add('--mean', type=float, nargs='+', metavar='X', help='mean pixel by channel, 0 to 1 (default: of the model)')
-    add('--std', type=positive_float, nargs='+', metavar='X', help='standard deviation of pixels, likewise')
+    add('-j', '--workers', type=whole_number, default=4, metavar='N', help='processes that load images (default: 4)')
+    add('--crop-pct', type=fraction, metavar='X', help='side that validation keeps, 0 to 1 (default: of the model)')
+    add('--mean', type=float, nargs='+', metavar='X', help='mean of the pixels, 0 to 1 (default: of the model)')
+    add('--std', type=positive_float, nargs='+', metavar='X', help='their standard deviation (default: of the model)')
     add('--interpolation', choices=INTERPOLATIONS, help='resizing in validation (default: of the model)')
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('model').add_argument
-    add('--model', default='vit_small_sape2', metavar='NAME', help='any model of timm or of this package')
-    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help="as position='sape2'")
+    add('--model', default='vit_small_sape2', metavar='NAME', help='any model of this package or of timm')
+    add(
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=KeyValues,
+        metavar='KEY=VALUE',
+        help='options of the model, as position=sape2 depth=6',
+    )
     add('--img-size', type=positive_int, nargs='+', metavar='N', help='side, or height and width, of model and data')
-    add('--in-chans', type=int, choices=(1, 3), help='1: gray, 3: color (default: of the model)')
-    add('--num-classes', type=positive_int, metavar='N', help='classes (default: of the model); must match the data')
+    add('--in-chans', type=int, choices=(1, 3), help='1 for gray images, 3 for color (default: of the model)')
+    add('--num-classes', type=positive_int, metavar='N', help='classes of the data (default: of the model)')
     add('--pretrained', action=FLAG, default=False, help='start from the published weights of the model')
-    add('--pretrained-path', default='', metavar='FILE', help='start from these weights, adapted to sizes and classes')
+    add('--pretrained-path', default='', metavar='FILE', help='start from these weights, adapted to size and classes')
     add('--initial-checkpoint', default='', metavar='FILE', help='start from these weights, which must fit exactly')
     add('--grad-checkpointing', action=FLAG, default=False, help='recompute activations: less memory, more time')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile (backend: inductor)')
@@ -142,9 +156,9 @@ def _optimizer(parser: argparse.ArgumentParser) -> None:
     add('--opt-betas', type=float, nargs='+', metavar='X', help='its betas (default: its own)')
     add('--momentum', type=float, default=0.9, metavar='X', help='its momentum, if it has one (default: 0.9)')
     add('--weight-decay', type=float, default=0.05, metavar='X', help='weight decay (default: %(default)s)')
-    add('--layer-decay', type=positive_float, metavar='X', help='factor on the rate from each block to the one below')
+    add('--layer-decay', type=positive_float, metavar='X', help='factor on the rate from a block to the one below it')
     add('--clip-grad', type=positive_float, metavar='X', help='largest norm of the gradient (default: no limit)')
-    add('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches an update (default: 1)')
+    add('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches for one update (default: 1)')
 
 
 def _schedule(parser: argparse.ArgumentParser) -> None:
@@ -154,34 +168,49 @@ def _schedule(parser: argparse.ArgumentParser) -> None:
     add('--lr', type=positive_float, default=5e-4, metavar='X', help='rate after the warm-up (default: %(default)s)')
     add('--min-lr', type=float, default=1e-5, metavar='X', help='rate at the end (default: %(default)s)')
     add('--warmup-lr', type=float, default=1e-6, metavar='X', help='rate at the start (default: %(default)s)')
-    add('--warmup-epochs', type=whole_number, default=5, metavar='N', help='length of the warm-up (default: 5)')
-    add('--decay-epochs', type=positive_float, metavar='N', help='of wsd: its last part, a fifth; of step: a step, 90')
+    add('--warmup-epochs', type=whole_number, default=5, metavar='N', help='epochs in which it rises (default: 5)')
+    add(
+        '--decay-epochs',
+        type=positive_float,
+        metavar='N',
+        help='with wsd the epochs in which it falls at the end (default: a fifth), with step those until it is '
+        'a tenth (default: 90)',
+    )
 
 
 def _augmentation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('augmentation of training images').add_argument
     add('--no-aug', action='store_true', help='none at all, whatever the other flags say')
-    add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='random resized crop, or two that keep the ratio')
+    add(
+        '--train-crop-mode',
+        choices=('rrc', 'rkrc', 'rkrr'),
+        help='random resized crop, or resize and keep the ratio, then crop the center or at random (default: rrc)',
+    )
     add('--scale', type=positive_float, nargs=2, metavar='X', help='smallest and largest area (default: 0.08 1)')
-    add('--ratio', type=positive_float, nargs=2, metavar='X', help='narrowest and widest ratio (default: 0.75 1.33)')
+    add('--ratio', type=positive_float, nargs=2, metavar='X', help='narrowest and widest shape (default: 0.75 1.33)')
     add('--hflip', type=fraction, default=0.5, metavar='P', help='probability to mirror the image (default: 0.5)')
-    add('--color-jitter', type=float, default=0.4, metavar='X', help='strength; off with --aa (default: 0.4)')
+    add('--color-jitter', type=float, default=0.4, metavar='X', help='strength; none with --aa (default: 0.4)')
     add('--aa', metavar='POLICY', help='AutoAugment or RandAugment, as rand-m9-mstd0.5-inc1 (default: none)')
-    add('--aug-repeats', type=whole_number, default=0, metavar='N', help='copies of an image over the processes')
-    add('--reprob', type=fraction, default=0.0, metavar='P', help='probability of random erasing (default: 0)')
-    add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='its filling (default: %(default)s)')
-    add('--train-interpolation', choices=('random', *INTERPOLATIONS), default='random', help='(default: random)')
+    add('--aug-repeats', type=whole_number, default=0, metavar='N', help='copies of an image, over the processes')
+    add('--reprob', type=fraction, default=0.0, metavar='P', help='probability to erase a part (default: 0)')
+    add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='what fills it (default: %(default)s)')
+    add(
+        '--train-interpolation',
+        choices=('random', *INTERPOLATIONS),
+        default='random',
+        help='resizing in training (default: bilinear or bicubic at random)',
+    )
 
 
 def _regularization(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('loss and regularization').add_argument
     add('--smoothing', type=fraction, default=0.1, metavar='X', help='label smoothing (default: %(default)s)')
     add('--bce-loss', action=FLAG, default=False, help='binary cross-entropy instead of softmax cross-entropy')
-    add('--mixup', type=non_negative_float, default=0.0, metavar='ALPHA', help='mix images (default: 0, off)')
-    add('--cutmix', type=non_negative_float, default=0.0, metavar='ALPHA', help='paste patches (default: 0, off)')
+    add('--mixup', type=non_negative_float, default=0.0, metavar='ALPHA', help='mix two images (default: 0, never)')
+    add('--cutmix', type=non_negative_float, default=0.0, metavar='ALPHA', help='paste one into the other (default: 0)')
     add('--mixup-prob', type=fraction, default=1.0, metavar='P', help='share of batches mixed or cut (default: 1)')
     add('--mixup-switch-prob', type=fraction, default=0.5, metavar='P', help='share of cutmix in them (default: 0.5)')
-    add('--mixup-off-epoch', type=whole_number, default=0, metavar='N', help='stop both at epoch N (default: 0, never)')
+    add('--mixup-off-epoch', type=whole_number, default=0, metavar='N', help='end both at epoch N (default: 0, never)')
     add('--drop', type=fraction, default=0.0, metavar='P', help='dropout before the classifier (default: 0)')
     add('--drop-path', type=fraction, metavar='P', help='stochastic depth (default: of the model)')
 
@@ -189,8 +218,8 @@ def _regularization(parser: argparse.ArgumentParser) -> None:
 def _ema(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('moving average of the weights').add_argument
     add('--model-ema', action=FLAG, default=False, help='keep one, and validate it instead of the weights')
-    add('--model-ema-decay', type=fraction, default=0.9998, metavar='X', help='kept at an update (default: 0.9998)')
-    add('--model-ema-warmup', action=FLAG, default=False, help='approach that decay from below over the first updates')
+    add('--model-ema-decay', type=fraction, default=0.9998, metavar='X', help='share kept at an update (0.9998)')
+    add('--model-ema-warmup', action=FLAG, default=False, help='keep less over the first updates')
 
 
 def _device(parser: argparse.ArgumentParser) -> None:
@@ -205,12 +234,23 @@ def _output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('checkpoints and output').add_argument
     add('--output', default='output/train', metavar='DIR', help='folder of all runs (default: %(default)s)')
     add('--experiment', default='', metavar='NAME', help='folder of this run in it (default: name of the model)')
-    add('--resume', default='', metavar='auto|FILE', help='auto: from the newest checkpoint of this run, if any')
-    add('--recovery-interval', type=whole_number, default=0, metavar='N', help='updates between recovery checkpoints')
+    add(
+        '--resume',
+        default='',
+        metavar='auto|FILE',
+        help='auto: go on from the newest checkpoint in the folder of the run, or start if there is none',
+    )
+    add(
+        '--recovery-interval',
+        type=whole_number,
+        default=0,
+        metavar='N',
+        help='updates between checkpoints in the middle of an epoch (default: 0, only when stopped)',
+    )
     add('--checkpoint-hist', type=positive_int, default=10, metavar='N', help='best checkpoints to keep (default: 10)')
-    add('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1', help='what is best (default: top1)')
-    add('--val-interval', type=positive_int, default=1, metavar='N', help='epochs between validations with checkpoint')
-    add('--log-interval', type=positive_int, default=50, metavar='N', help='batches between lines, off a terminal')
+    add('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1', help='what is best (default: %(default)s)')
+    add('--val-interval', type=positive_int, default=1, metavar='N', help='epochs from validation to validation')
+    add('--log-interval', type=positive_int, default=50, metavar='N', help='batches from line to line, off a terminal')
 
 
 def _height_and_width(size: Sequence[int]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ def draw_curves(folder: Path) -> None:
         return
     with open(folder / 'summary.csv', newline='') as file:
         rows = list(csv.DictReader(file))
-    epochs = [int(row['epoch']) + 1 for row in rows]
+    epochs = [int(row['epoch']) for row in rows]
     figure = figure_class(figsize=(9, 4), layout='constrained')
     for axes, title, columns in zip(
         figure.subplots(1, 2),

@@ -20,8 +20,12 @@ from torch.optim import Optimizer
 from .checkpoint_files import read_checkpoint
 
 
-def build_model(args: argparse.Namespace) -> Any:
+def build_model(args: argparse.Namespace, with_weights: bool = True) -> Any:
     """Create the model that the flags describe, with the weights that they name.
+
+    Args:
+        args: The arguments of the run.
+        with_weights: Load them; a run that is resumed does not need them.
 
     Raises:
         OSError: If a file of weights is missing.
@@ -34,14 +38,15 @@ def build_model(args: argparse.Namespace) -> Any:
     if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
         backends = ', '.join(torch.compiler.list_backends())
         raise ValueError(f'unknown backend of --torchcompile: {args.torchcompile}; backends: {backends}')
-    for path in filter(None, (args.initial_checkpoint, args.pretrained_path)):
+    weights = [path for path in (args.initial_checkpoint, args.pretrained_path) if path and with_weights]
+    for path in weights:
         read_checkpoint(path)
     try:
-        model: Any = create_model(**_model_arguments(args))
+        model: Any = create_model(**_model_arguments(args, with_weights))
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         arguments = ', '.join(f'{name}={value!r}' for name, value in args.model_kwargs.items()) or 'these arguments'
         raise ValueError(f'cannot create {args.model} with {arguments}: {error}') from error
-    if args.initial_checkpoint:
+    if args.initial_checkpoint and with_weights:
         try:
             load_checkpoint(model, args.initial_checkpoint)
         except RuntimeError as error:
@@ -67,7 +72,7 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:
     return create_optimizer_v2(model, **optimizer_kwargs(args))
 
 
-def _model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def _model_arguments(args: argparse.Namespace, with_weights: bool) -> dict[str, Any]:
     arguments = resolve_model_input_args(
         args.model,
         dict(img_size=args.img_size, in_chans=args.in_chans),
@@ -78,6 +83,8 @@ def _model_arguments(args: argparse.Namespace) -> dict[str, Any]:
             **args.model_kwargs,
         },
     )
+    if not with_weights:
+        return arguments
     if args.pretrained_path:
         arguments['pretrained_cfg'].update(_description(args.pretrained_path, arguments['pretrained_cfg']))
     return dict(arguments, pretrained=args.pretrained or bool(args.pretrained_path))

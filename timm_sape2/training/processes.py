@@ -1,12 +1,22 @@
-"""What the processes of a distributed run tell each other; alone, a process agrees with itself."""
+"""What the processes of a distributed run tell each other, and us; alone, a process agrees with itself."""
 
 import argparse
+import logging
 from typing import Any
 
 import torch
-from timm.utils import reduce_tensor
+from timm.utils import reduce_tensor, setup_default_logging, world_info_from_env
 
 from .randomness import get_random_state
+
+
+def set_up_logging() -> None:
+    """Let the first process tell what it does, and every process warn."""
+    if not logging.root.handlers:
+        setup_default_logging(logging.WARNING)
+    is_first = world_info_from_env()[1] == 0
+    for name in ('train', 'timm_sape2', 'timm.models'):
+        logging.getLogger(name).setLevel(logging.INFO if is_first else logging.WARNING)
 
 
 def mean_loss_and_stop(loss: torch.Tensor, stop: bool, args: argparse.Namespace) -> tuple[float, bool]:
