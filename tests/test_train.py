@@ -28,7 +28,7 @@ FLAGS = shlex.split("""
     --batch-size 32 --epochs 2 --warmup-epochs 0 --lr 0.001
 """)
 PLAIN_SGD = shlex.split('--opt momentum --momentum 0 --weight-decay 0 --sched none --lr 0.1 --no-aug --smoothing 0')
-DIVERGING = shlex.split('--sched constant --lr 1e30 --model-kwargs position=learned')
+DIVERGING = shlex.split('--sched constant --lr 1e30')
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,7 @@ def test_resumed_run_does_not_need_the_weights_it_started_from(run_folder, tmp_p
 
 
 def test_loss_that_is_not_finite_ends_the_run(run_folder, tmp_path, capsys, monkeypatch):
-    folder = run_folder('--epochs', '1', '--model-kwargs', 'position=learned')
+    folder = run_folder('--epochs', '1')
     losses = []
     backward = train.backward
     monkeypatch.setattr(train, 'backward', lambda run, loss, update: (losses.append(loss), backward(run, loss, update)))

@@ -92,6 +92,16 @@ class TestByHand:
         reference.interpolate(torch.tensor([[0.0, 1.0, 3.0]]), positions).sum().backward()
         torch.testing.assert_close(positions.grad, torch.tensor([[2.0, 2.0]]))
 
+    @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+    def test_what_is_not_finite_spreads_like_in_plain_attention(self, value):
+        """One bad query spoils the pairs of its own patch and those of no other."""
+        query, key, _, rows, columns = random_inputs((3, 4), heads=1, batch=1, dtype=torch.float32)
+        query[0, 0, 5, 0] = value
+        bias = sape2_bias(query, key, key, rows, columns, (3, 4), 0.3)
+        others = [i for i in range(12) if i != 5]
+        assert not bias[0, 0, 5, others].isfinite().any()
+        assert bias[0, 0, others][:, others].isfinite().all()
+
     def test_unit_gates_make_plain_distances(self):
         positions = reference.soft_positions(reference.unit_gates(torch.zeros(5, 3)), num_positions=4)
         torch.testing.assert_close(positions, torch.tensor([3.0, 3.0, 3.0, 2.0, 1.0]).expand(5, 5))

@@ -68,7 +68,7 @@ def interpolate(scores: Tensor, positions: Tensor) -> Tensor:
         Scores at the positions, (..., L, L).
     """
     lower = positions.floor().clamp(max=scores.shape[-1] - 2)
-    index = lower.long()
+    index = lower.long().clamp(0, scores.shape[-1] - 2)  # NaN has no index, but must come out as NaN
     at_lower = scores.gather(-1, index)
     at_upper = scores.gather(-1, index + 1)
     return at_lower + (positions - lower) * (at_upper - at_lower)
