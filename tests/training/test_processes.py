@@ -25,8 +25,18 @@ def test_random_states_continue_where_they_were():
     assert torch.equal(torch.rand(3), first)
 
 
+@pytest.fixture
+def levels():
+    """Put the levels of the loggers back."""
+    loggers = [logging.getLogger(name) for name in ('train', 'timm_sape2', 'timm.models')]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
 @pytest.mark.parametrize(('rank', 'level'), [('0', logging.INFO), ('1', logging.WARNING)])
-def test_only_the_first_process_tells_what_it_does(rank, level, monkeypatch):
+def test_only_the_first_process_tells_what_it_does(rank, level, levels, monkeypatch):
     for name, value in {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': '2'}.items():
         monkeypatch.setenv(name, value)
     set_up_logging()
