@@ -18,7 +18,7 @@ import yaml
 from timm.models import load_checkpoint
 
 import train
-from timm_sape2.training import digits
+from timm_sape2.training import digits, loop
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.checkpoint_files import read_checkpoint
 from timm_sape2.training.interrupt import SignalCatcher
@@ -51,7 +51,7 @@ def run_folder(tmp_path):
 
 
 def set_up(tmp_path, *flags):
-    return train.set_up(parse_arguments([*FLAGS, '--output', str(tmp_path), *flags], train.DEFAULT_RECIPE))
+    return loop.set_up(parse_arguments([*FLAGS, '--output', str(tmp_path), *flags], train.DEFAULT_RECIPE))
 
 
 def summary(folder):
@@ -67,7 +67,7 @@ def test_one_step_moves_the_weights_against_the_gradient(tmp_path):
     loss = torch.nn.functional.cross_entropy(model(images), targets)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     expected = [weights - 0.1 * gradient for weights, gradient in zip(model.parameters(), gradients, strict=True)]
-    train.fit(run, SignalCatcher())
+    loop.fit(run, SignalCatcher())
     for weights, wanted in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(weights, wanted)
 
@@ -163,8 +163,8 @@ def test_resumed_run_does_not_need_the_weights_it_started_from(run_folder, tmp_p
 def test_loss_that_is_not_finite_ends_the_run(run_folder, tmp_path, capsys, monkeypatch):
     folder = run_folder('--epochs', '1')
     losses = []
-    backward = train.backward
-    monkeypatch.setattr(train, 'backward', lambda run, loss, update: (losses.append(loss), backward(run, loss, update)))
+    backward = loop.backward
+    monkeypatch.setattr(loop, 'backward', lambda run, loss, update: (losses.append(loss), backward(run, loss, update)))
     flags = [*DIVERGING, '--resume', 'auto', '--experiment', 'run']
     assert train.main([*FLAGS, '--output', str(tmp_path), *flags]) == 1
     assert losses and all(loss.isfinite() for loss in losses), 'no step was taken with the loss that is not'
@@ -281,8 +281,8 @@ def train_as_rank(rank, port, argv, signal_at_batch):
     """Train in one of two processes, and save the weights of each; rank 1 may get a signal."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     torch.set_num_threads(1)
-    run = train.set_up(parse_arguments(argv, train.DEFAULT_RECIPE))
-    backward, calls = train.backward, []
+    run = loop.set_up(parse_arguments(argv, train.DEFAULT_RECIPE))
+    backward, calls = loop.backward, []
 
     def backward_with_signal(*args):
         calls.append(None)
@@ -290,9 +290,9 @@ def train_as_rank(rank, port, argv, signal_at_batch):
             os.kill(os.getpid(), signal.SIGTERM)
         backward(*args)
 
-    train.backward = backward_with_signal
+    loop.backward = backward_with_signal
     with SignalCatcher() as signals:
-        train.fit(run, signals)
+        loop.fit(run, signals)
     torch.save(run.task.get_checkpoint_state()['state_dict'], run.folder / f'rank{rank}.pt')
     torch.distributed.destroy_process_group()
 

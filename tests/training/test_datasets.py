@@ -11,6 +11,7 @@ from timm_sape2.training.datasets import check_class_count, count_classes, open_
 
 def arguments(folder, **kwargs):
     defaults = dict(dataset='', dataset_download=False, train_split='train', val_split='validation')
+    defaults |= dict(train_num_samples=None, val_num_samples=None)
     return SimpleNamespace(data_dir=str(folder), **{**defaults, **kwargs})
 
 
@@ -21,6 +22,23 @@ def test_folders(photos):
     image, target = validation[0]
     assert (image.size, image.mode, target) == ((32, 32), 'RGB', 0)
     assert open_datasets(arguments(photos), in_chans=1)[0][0][0].mode == 'L'
+
+
+def test_evenly_spaced_images_keep_the_shares_of_the_classes(photos):
+    train, validation = open_datasets(arguments(photos, train_num_samples=10, val_num_samples=2), in_chans=3)
+    assert [target for _, target in train] == [0] * 5 + [1] * 5
+    assert (len(validation), count_classes(train)) == (2, 2)
+
+
+def test_evenly_spaced_images_are_transformed(photos):
+    train, _ = open_datasets(arguments(photos, train_num_samples=10), in_chans=3)
+    train.transform = lambda image: image.size
+    assert train[9] == (train.dataset[36][0], 1) and train.dataset.transform is train.transform
+
+
+def test_more_images_than_there_are(photos):
+    with pytest.raises(ValueError, match='the data has 40 images, not 41'):
+        open_datasets(arguments(photos, train_num_samples=41), in_chans=3)
 
 
 def test_split_goes_by_other_names_too(photos, tmp_path):

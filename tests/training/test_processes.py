@@ -28,7 +28,7 @@ def test_random_states_continue_where_they_were():
 @pytest.fixture
 def levels():
     """Put the levels of the loggers back."""
-    loggers = [logging.getLogger(name) for name in ('train', 'timm_sape2', 'timm.models')]
+    loggers = [logging.getLogger(name) for name in ('timm_sape2', 'timm.models')]
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before, strict=True):
@@ -40,4 +40,4 @@ def test_only_the_first_process_tells_what_it_does(rank, level, levels, monkeypa
     for name, value in {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': '2'}.items():
         monkeypatch.setenv(name, value)
     set_up_logging()
-    assert logging.getLogger('train').level == level
+    assert logging.getLogger('timm_sape2').level == level

@@ -1,6 +1,7 @@
 """A run that is stopped, however and whenever, and resumed must end exactly as a run that was left alone."""
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import shlex
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import train
+from timm_sape2.training import loop
 from timm_sape2.training.checkpoint_files import read_checkpoint
 from timm_sape2.training.resume import check_same_run, find_checkpoint
 from timm_sape2.training.task import ResumePoint
@@ -107,9 +109,9 @@ def replaces(name):
 
 
 DEATHS = {
-    'in the middle of an epoch': ('train.backward', at_call(8, die)),
-    'after a recovery checkpoint': ('train.backward', at_call(10, die)),
-    'in validation': ('train.evaluate', at_call(3, die)),
+    'in the middle of an epoch': ('timm_sape2.training.loop.backward', at_call(8, die)),
+    'after a recovery checkpoint': ('timm_sape2.training.loop.backward', at_call(10, die)),
+    'in validation': ('timm_sape2.training.loop.evaluate', at_call(3, die)),
     'while a checkpoint is written': ('torch.save', at_call(4, die_of_half_a_checkpoint)),
     'while last.pth.tar is away': ('os.replace', at_call(2, die, replaces('last.pth.tar'))),
     'before the copies of a checkpoint': ('os.link', at_call(3, die)),
@@ -122,7 +124,7 @@ def train_and_die(death, argv):
     place, decorate = DEATHS[death]
     with pytest.MonkeyPatch.context() as patch:
         module, _, name = place.rpartition('.')
-        patch.setattr(place, decorate(getattr(__import__(module), name)))
+        patch.setattr(place, decorate(getattr(importlib.import_module(module), name)))
         train.main(argv)
 
 
@@ -178,7 +180,7 @@ def test_stopped_by_a_signal_and_resumed_is_exact(
     argv = command(photos, tmp_path, workers)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         send = at_call(call, lambda *args: os.kill(os.getpid(), number))
-        patch.setattr(train, place, send(getattr(train, place)))
+        patch.setattr(loop, place, send(getattr(loop, place)))
         train.main(argv)
     assert stop.value.code == 128 + number
     assert (tmp_path / 'run' / saved).exists()
@@ -188,12 +190,12 @@ def test_stopped_by_a_signal_and_resumed_is_exact(
 
 def train_with_signal_to_all(argv):
     os.setsid()
-    train.backward = at_call(2, lambda *args: os.killpg(0, signal.SIGTERM))(train.backward)
+    loop.backward = at_call(2, lambda *args: os.killpg(0, signal.SIGTERM))(loop.backward)
     train.main(argv)
 
 
 def train_with_bug(argv):
-    train.backward = None
+    loop.backward = None
     train.main(argv)
 
 
@@ -208,7 +210,7 @@ def test_a_bug_does_not_leave_the_loader_processes_behind(photos, tmp_path):
 
 
 def test_finished_run_has_nothing_left_to_do(photos, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'train_one_epoch', None)
+    monkeypatch.setattr(loop, 'train_one_epoch', None)
     folder = undisturbed(0)
     before = (folder / 'summary.csv').read_text()
     assert train.main(command(photos, folder.parent)) == 0

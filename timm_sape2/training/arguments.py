@@ -66,12 +66,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse_arguments(argv: Sequence[str], default_recipe: Path) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str], default_recipe: Path | None = None) -> argparse.Namespace:
     """Parse the command line on top of the recipe it names.
 
     Args:
         argv: Arguments after the program's name.
-        default_recipe: The recipe of a command that names neither a recipe nor data.
+        default_recipe: The recipe of a command that names neither a recipe nor data, None for none.
 
     Raises:
         ValueError: If an argument, or a key or value of the recipe, is wrong.
@@ -119,6 +119,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
     add('--dataset-download', action=FLAG, default=False, help='download a data set of torchvision into DIR')
     add('--train-split', default='train', metavar='NAME', help='split to train on (default: %(default)s)')
     add('--val-split', default='validation', metavar='NAME', help='split to validate on (default: %(default)s)')
+    add('--train-num-samples', type=positive_int, metavar='N', help='train on N images, evenly spaced (default: all)')
+    add('--val-num-samples', type=positive_int, metavar='N', help='validate on N images, evenly spaced (default: all)')
     add('-b', '--batch-size', type=positive_int, default=128, metavar='N', help='images a process takes (default: 128)')
     add('-vb', '--validation-batch-size', type=positive_int, metavar='N', help='same in validation (default: as -b)')
     add('-j', '--workers', type=whole_number, default=4, metavar='N', help='processes that load images (default: 4)')

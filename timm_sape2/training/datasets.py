@@ -25,11 +25,43 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dat
     image_mode = {1: 'L', 3: 'RGB'}.get(in_chans)
     if image_mode is None:
         raise ValueError(f'the model takes {in_chans} channels, but images have 1 or 3: set --in-chans')
-    if args.dataset == 'digits':
-        return Digits(args.train_split, image_mode), Digits(args.val_split, image_mode)
     train, validation = (_open(args, split, image_mode) for split in (args.train_split, args.val_split))
     _check_classes(train, validation)
-    return train, validation
+    return _thinned(train, args.train_num_samples), _thinned(validation, args.val_num_samples)
+
+
+class EvenlySpaced(Dataset):
+    """Some images of a data set, evenly spaced: the same share of every class where the classes come in order.
+
+    Args:
+        dataset: The data set.
+        num_samples: Number of images to take.
+
+    Raises:
+        ValueError: If it has fewer.
+    """
+
+    def __init__(self, dataset: Any, num_samples: int):
+        if num_samples > len(dataset):
+            raise ValueError(f'the data has {len(dataset)} images, not {num_samples}: lower --*-num-samples')
+        self.dataset = dataset
+        self.num_samples = num_samples
+        self.classes = _classes(dataset)
+
+    @property
+    def transform(self) -> Any:
+        """What is done to an image."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int):
+        return self.dataset[index * len(self.dataset) // self.num_samples]
 
 
 def count_classes(dataset: Dataset) -> int | None:
@@ -45,7 +77,13 @@ def check_class_count(dataset: Dataset, num_classes: int) -> None:
         raise ValueError(f'the data has {count} classes, the model {num_classes}: set --num-classes {count}')
 
 
+def _thinned(dataset: Dataset, num_samples: int | None) -> Dataset:
+    return dataset if num_samples is None else EvenlySpaced(dataset, num_samples)
+
+
 def _open(args: argparse.Namespace, split: str, image_mode: str) -> Dataset:
+    if args.dataset == 'digits':
+        return Digits(split, image_mode)
     in_folders = not args.dataset
     if args.dataset.startswith(STREAMED):
         raise ValueError(f'--dataset {args.dataset} is streamed: a run on it could not be resumed exactly')

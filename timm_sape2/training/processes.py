@@ -15,7 +15,7 @@ def set_up_logging() -> None:
     if not logging.root.handlers:
         setup_default_logging(logging.WARNING)
     is_first = world_info_from_env()[1] == 0
-    for name in ('train', 'timm_sape2', 'timm.models'):
+    for name in ('timm_sape2', 'timm.models'):
         logging.getLogger(name).setLevel(logging.INFO if is_first else logging.WARNING)
 
 

@@ -1,0 +1,271 @@
+"""A training run: `set_up` finds what is wrong with it, `fit` goes through its epochs.
+
+Every epoch is seeded anew from (seed, epoch, rank), so that it can be repeated exactly: a run that was killed at any
+moment and resumed ends with the weights of one that was not, on a CPU bit for bit.
+"""
+
+import argparse
+import dataclasses
+import logging
+import math
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from timm import utils
+from timm.data import Mixup
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.task import evaluation_sample_limit
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from . import checkpoint_files, datasets, hardware, loaders, resume, run_folder
+from .curves import draw_curves
+from .interrupt import SignalCatcher
+from .model import build_model, create_optimizer
+from .processes import all_random_states, any_process, mean_loss_and_stop
+from .progress import EpochProgress
+from .task import ResumableTask, ResumePoint
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+    """All that the loop needs. Only the primary process has a saver."""
+
+    args: argparse.Namespace
+    device: torch.device
+    train_loader: DataLoader
+    val_loader: DataLoader
+    mixup: Mixup | None
+    task: ResumableTask
+    optimizer: Optimizer
+    scheduler: Scheduler | None
+    num_epochs: int
+    autocast: Callable[[], AbstractContextManager]
+    loss_scaler: utils.NativeScaler | None
+    folder: Path
+    start: ResumePoint
+    saver: utils.CheckpointSaver | None = None
+
+
+def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | None = None) -> Run:
+    """Check the arguments against device, disk, model and data; only then write to the folder of the run.
+
+    Args:
+        args: The arguments of the run, from `parse_arguments`.
+        initialize: Changes the initial weights of the model in place.
+
+    Raises:
+        ValueError: If an argument does not fit the others, the device, the data or the run to be resumed.
+        OSError: If a file is missing, or the folder cannot be written to.
+    """
+    recipe = {name: value for name, value in vars(args).items() if name != 'config'}
+    device = hardware.set_up_device(args)
+    folder = run_folder.path_of_run(args)
+    run_folder.check_writable(folder)
+    checkpoint = resume.find_checkpoint(args.resume, folder)
+
+    utils.random_seed(args.seed)
+    model = build_model(args, with_weights=checkpoint is None)
+    if initialize is not None:
+        initialize(model)
+    model.to(device)
+    data_config = loaders.resolve_data(args, model)
+    args.num_classes, args.input_size = model.num_classes, data_config['input_size']
+    if checkpoint:
+        resume.check_same_run(checkpoint, args)
+    run_folder.check_free_space(folder, model, args)
+
+    train_set, val_set = datasets.open_datasets(args, in_chans=args.input_size[0])
+    datasets.check_class_count(train_set, args.num_classes)
+    mixup = loaders.create_mixup(args, args.num_classes, device)
+    train_loader = loaders.create_train_loader(args, train_set, data_config, device, mixup)
+    val_loader = loaders.create_validation_loader(args, val_set, data_config, device)
+
+    loss = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixup is not None)
+    task = ResumableTask(model, criterion_kwargs=loss, device=device, verbose=False)
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    optimizer = create_optimizer(args, model)
+    autocast, loss_scaler = hardware.mixed_precision(args, device)
+    scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
+    start = resume.load_run(checkpoint, task, optimizer, loss_scaler) if checkpoint else ResumePoint()
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile)
+        task.compile_ema(backend=args.torchcompile)
+    if args.distributed:
+        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
+    run = Run(
+        args=args,
+        device=device,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        mixup=mixup,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_epochs=num_epochs,
+        autocast=autocast,
+        loss_scaler=loss_scaler,
+        folder=folder,
+        start=start,
+    )
+    if utils.is_primary(args):
+        run.saver = open_folder(run, recipe, checkpoint)
+    return run
+
+
+def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> utils.CheckpointSaver:
+    """Make the folder of the run, or put it in order after a kill, and return what saves checkpoints to it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_arguments(run.folder, recipe)
+    run_folder.begin_summary(run.folder, run.start.epoch)
+    saver = utils.CheckpointSaver(
+        model=run.task.get_trainable_module(),
+        optimizer=run.optimizer,
+        args=run.args,
+        amp_scaler=run.loss_scaler,
+        checkpoint_dir=str(run.folder),
+        recovery_dir=str(run.folder),
+        decreasing=run.args.eval_metric == 'loss',
+        max_history=run.args.checkpoint_hist,
+        task=run.task,
+    )
+    if checkpoint is not None:
+        resume.restore_saver(saver, checkpoint)
+        _logger.info(f'Resumed {checkpoint} at epoch {run.start.epoch}, batch {run.start.num_batches}')
+    return saver
+
+
+def fit(run: Run, signals: SignalCatcher) -> None:
+    """Train and validate the epochs that are left."""
+    if run.start.epoch >= run.num_epochs:
+        _logger.info(f'All {run.num_epochs} epochs are trained; --epochs N trains more')
+    for epoch in range(run.start.epoch, run.num_epochs):
+        if run.scheduler is not None:
+            run.scheduler.step(epoch)
+        point = train_one_epoch(run, epoch, signals)
+        if (epoch + 1) % run.args.val_interval == 0 or epoch + 1 == run.num_epochs:
+            metrics = evaluate(run, signals)
+            if metrics is not None and run.task.has_ema():
+                metrics = evaluate(run, signals, ema=True)
+            if metrics is None:
+                stop(run, point, signals)
+            save_epoch(run, epoch, {'loss': point.mean_loss}, metrics)
+
+
+def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint:
+    """Train one epoch, from its first batch or from where the run was resumed, and return how it went."""
+    args, task = run.args, run.task
+    point = dataclasses.replace(run.start) if epoch == run.start.epoch else ResumePoint(epoch)
+    num_batches, images_per_batch = len(run.train_loader), args.batch_size * args.world_size
+    updates_per_epoch = math.ceil(num_batches / args.grad_accum_steps)
+    shown = run.saver is not None
+    progress = EpochProgress(point, run.num_epochs, num_batches, images_per_batch, args.log_interval, shown)
+    batches = loaders.epoch_batches(args, run.train_loader, run.mixup, point, run.device)
+    task.trainable_module.train()
+    run.optimizer.zero_grad()
+    with progress, closing(batches):
+        for input, target in batches:
+            num_updates, batches_before = divmod(point.num_batches, args.grad_accum_steps)
+            batches_of_update = min(args.grad_accum_steps, num_batches - num_updates * args.grad_accum_steps)
+            need_update = batches_before + 1 == batches_of_update
+            with nullcontext() if need_update else task.no_sync():
+                with run.autocast():
+                    loss = task(input, target)['loss']
+                mean_loss, stopping = mean_loss_and_stop(loss, signals.caught, args)
+                check_finite(run, mean_loss, f'in epoch {epoch}, batch {point.num_batches}')
+                backward(run, loss / batches_of_update, need_update)
+            point.add_batch(mean_loss, images_per_batch)
+            progress.update(point)
+            if not need_update:
+                continue
+            run.optimizer.zero_grad()
+            task.update_ema(step=epoch * updates_per_epoch + num_updates + 1)
+            if stopping:
+                stop(run, point, signals)
+            if args.recovery_interval and (num_updates + 1) % args.recovery_interval == 0:
+                save_recovery(run, point)
+    return point
+
+
+def backward(run: Run, loss: Tensor, need_update: bool) -> None:
+    """Add the gradient of a batch, and update the weights if it is the last one of the update."""
+    clip_grad, parameters = run.args.clip_grad, run.task.get_clip_parameters()
+    create_graph = getattr(run.optimizer, 'is_second_order', False)
+    if run.loss_scaler is not None:
+        run.loss_scaler(
+            loss, run.optimizer, clip_grad, parameters=parameters, create_graph=create_graph, need_update=need_update
+        )
+        return
+    loss.backward(create_graph=create_graph)
+    if need_update:
+        if clip_grad is not None:
+            utils.dispatch_clip_grad(parameters, clip_grad)
+        run.optimizer.step()
+
+
+@torch.inference_mode()
+def evaluate(run: Run, signals: SignalCatcher, ema: bool = False) -> dict[str, float] | None:
+    """Validate the weights, or their moving average; return None if a signal came in between."""
+    model = run.task.evaluated_module(ema)
+    evaluator = run.task.create_evaluator(max_samples=evaluation_sample_limit(run.val_loader))
+    batches = loaders.batches(run.val_loader)
+    with closing(batches):
+        for input, target in batches:
+            with run.autocast():
+                output = model(input.to(run.device))
+            evaluator.update(output, target.to(run.device))
+            if any_process(signals.caught, run.args, run.device):
+                return None
+    return evaluator.compute(distributed=run.args.distributed)
+
+
+def save_epoch(run: Run, epoch: int, train_metrics: dict[str, float], metrics: dict[str, float]) -> None:
+    """Write what an epoch ends with: a row of the summary, then the checkpoint that makes it count, then the curves."""
+    check_finite(run, metrics['loss'], f'in validation after epoch {epoch}')
+    run.task.resume_point = ResumePoint(epoch + 1)
+    if run.saver is None:
+        return
+    rates = [group['lr'] for group in run.optimizer.param_groups]
+    run_folder.add_to_summary(run.folder, epoch, train_metrics, metrics, lr=sum(rates) / len(rates))
+    best, best_epoch = run.saver.save_checkpoint(epoch, metric=metrics[run.args.eval_metric])
+    for outdated in run.folder.glob('recovery*.pth.tar'):
+        outdated.unlink()
+    draw_curves(run.folder)
+    _logger.info(
+        f'Epoch {epoch}, loss {train_metrics["loss"]:.4f}, validation: loss {metrics["loss"]:.4f}, '
+        f'top-1 {metrics["top1"]:.2f} % (best {run.args.eval_metric}: {best:.5g} in epoch {best_epoch})'
+    )
+
+
+def save_recovery(run: Run, point: ResumePoint) -> None:
+    """Write a checkpoint in the middle of an epoch."""
+    point.random_states = all_random_states(run.args)
+    run.task.resume_point = point
+    if run.saver is not None:
+        run.saver.save_recovery(point.epoch, point.num_batches)
+
+
+def stop(run: Run, point: ResumePoint, signals: SignalCatcher) -> NoReturn:
+    """Save and leave, because of a signal to this process or to another one."""
+    save_recovery(run, point)
+    if run.args.distributed:
+        torch.distributed.barrier()
+    if run.saver is not None:
+        _logger.info(f'Stopped and saved in {run.folder}; the same command with --resume auto goes on from here')
+    sys.exit(signals.exit_code)
+
+
+def check_finite(run: Run, loss: float, where: str) -> None:
+    """Raise a FloatingPointError, before the weights are touched, if training has diverged."""
+    if not math.isfinite(loss):
+        good = checkpoint_files.newest_checkpoint(run.folder)[0] or 'none'
+        raise FloatingPointError(f'the loss is {loss} {where}; last good checkpoint: {good}; try a lower --lr')
