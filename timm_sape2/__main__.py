@@ -21,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         The exit code, None for 0. After an error of the user it exits with code 2 by itself.
     """
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments, flags = parser.parse_known_args(argv)
+    if flags and not arguments.takes_flags:
+        parser.error(f'unrecognized arguments: {" ".join(flags)}')
+    arguments.flags = flags
     try:
         return arguments.command(arguments)
     except arguments.user_errors as error:
@@ -33,7 +36,8 @@ def build_parser() -> Parser:
 
     A command is a function in `timm_sape2.commands` that adds a parser. The parser sets the default `command`, a
     function of the parsed arguments that returns an exit code or None. A ValueError in there is taken for an error of
-    the user; a command for which that is wrong sets the default `user_errors` too.
+    the user; a command for which that is wrong sets the default `user_errors` too. One that sets `takes_flags` finds
+    what its parser does not know in `flags`.
     """
     parser = Parser(
         prog='timm-sape2',
@@ -46,7 +50,7 @@ examples:
     )
     versions = f'timm-sape2 {__version__} (timm {timm.__version__}, torch {torch.__version__})'
     parser.add_argument('--version', action='version', version=versions)
-    parser.set_defaults(user_errors=ValueError)
+    parser.set_defaults(user_errors=ValueError, takes_flags=False)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
     for add_command in COMMANDS:
         add_command(commands)

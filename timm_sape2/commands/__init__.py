@@ -2,5 +2,6 @@
 
 from .list_models import add_list
 from .run import add_run
+from .study import add_study
 
-COMMANDS = (add_list, add_run)
+COMMANDS = (add_list, add_run, add_study)

@@ -1,0 +1,64 @@
+"""Where results come from: versions, commit and hardware."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ('timm_sape2', 'timm', 'torch', 'torchvision', 'triton', 'numpy')
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    found = {'python': platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of this package, marked if files differ from it, or None outside of a checkout."""
+    folder = Path(__file__).parents[2]
+    if not (folder / '.git').exists():
+        return None
+    try:
+        head = _git(folder, 'rev-parse', '--short=12', 'HEAD')
+        changed = _git(folder, 'status', '--porcelain', '--untracked-files=no', '--', 'timm_sape2')
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f'{head} and local changes' if changed else head
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Return what a process computes on."""
+    described: dict[str, Any] = {
+        'cpu': _cpu(),
+        'cores': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+    }
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        described['gpu'] = properties.name
+        described['gpu_memory_gib'] = round(properties.total_memory / 2**30, 1)
+        described['cuda'] = torch.version.cuda
+    return described
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(['git', '-C', str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(': ', 1)[1] for line in lines if line.startswith('model name')), platform.machine())

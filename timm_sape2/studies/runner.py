@@ -1,0 +1,181 @@
+"""Running a study: its folder, its units shared by the processes of torchrun, and going on where it was stopped."""
+
+import csv
+import datetime
+import json
+import logging
+import os
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import world_info_from_env
+from tqdm import tqdm
+
+from ..training.run_folder import atomic_write, check_writable
+from . import provenance
+from .study import Row, Study, Unit
+
+_logger = logging.getLogger(__name__)
+
+
+def run_study(study: Study, folder: Path, command: Sequence[str]) -> None:
+    """Do the units of a study that are not done yet, and write the table, the report, the plots and run.json.
+
+    Under torchrun every process takes its share of the units and works alone; the first one writes the report.
+
+    Args:
+        study: The study.
+        folder: Its folder, new or of the same study.
+        command: The command line, for the record.
+
+    Raises:
+        ValueError: If the folder holds a study with another configuration, or matplotlib is missing.
+        OSError: If the folder cannot be written to.
+    """
+    check_matplotlib()
+    check_writable(folder)
+    names = unit_names(study.units)
+    record = open_record(study, folder, command)
+    rank, world_size = leave_process_group()
+    if study.one_process and rank > 0:
+        return
+    (folder / 'units').mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        write_record(folder, record)
+    mine = names if study.one_process else names[rank::world_size]
+    bar = tqdm(mine, desc=study.name, unit='unit', position=rank, disable=rank > 0, dynamic_ncols=True)
+    for name in bar:
+        bar.set_postfix_str(name)
+        if unit_file(folder, name).exists():
+            continue
+        unit = study.units[names.index(name)]
+        start = time.perf_counter()
+        rows = study.run(unit, folder)
+        write_json(unit_file(folder, name), {'unit': unit, 'rows': rows, 'seconds': time.perf_counter() - start})
+        if rank == 0:
+            write_results(study, folder, record)
+    if rank > 0:
+        return
+    while not all(unit_file(folder, name).exists() for name in names):
+        time.sleep(0.5)
+    write_results(study, folder, record)
+    _logger.info(f'The results are in {folder / "results.md"}')
+
+
+def leave_process_group() -> tuple[int, int]:
+    """Return rank and number of processes under torchrun; from here on, this process computes alone on its own GPU."""
+    local_rank, rank, world_size = world_info_from_env()
+    for name in ('LOCAL_RANK', 'RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'SLURM_NTASKS'):
+        os.environ.pop(name, None)
+    if world_size > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return rank, world_size
+
+
+def check_matplotlib() -> None:
+    """Raise a ValueError that says what to install if there is nothing to draw plots with."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'timm_sape2[studies]'") from None
+
+
+def unit_names(units: Sequence[Unit]) -> list[str]:
+    """Return a name for each unit that can be a file's; raise a ValueError if a unit is listed twice."""
+    names = [re.sub(r'[^\w.+=-]+', '-', '_'.join(str(value) for value in unit.values())) for unit in units]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f'listed twice: {", ".join(twice)}')
+    return names
+
+
+def unit_file(folder: Path, name: str) -> Path:
+    """Return the file of a finished unit."""
+    return folder / 'units' / f'{name}.json'
+
+
+def open_record(study: Study, folder: Path, command: Sequence[str]) -> dict[str, Any]:
+    """Return what run.json is to say, after a check that the folder is of the same study."""
+    configuration = json.loads(json.dumps({'study': study.name, **study.configuration}, default=str))
+    record = {
+        'command': shlex.join(command),
+        'configuration': configuration,
+        'versions': provenance.versions(),
+        'commit': provenance.commit(),
+        'started': now(),
+    }
+    path = folder / 'run.json'
+    if not path.exists():
+        return record
+    earlier = json.loads(path.read_text())
+    differences = [
+        f'{name}={earlier["configuration"].get(name)!r} instead of {configuration.get(name)!r}'
+        for name in sorted({*configuration, *earlier['configuration']})
+        if earlier['configuration'].get(name) != configuration.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f'{folder} holds a study with {", ".join(differences)}; --experiment NAME puts this one into another folder'
+        )
+    return dict(record, started=earlier['started'])
+
+
+def write_results(study: Study, folder: Path, record: dict[str, Any]) -> None:
+    """Write results.csv, results.md, the plots and run.json from all units that are finished."""
+    names = unit_names(study.units)
+    files = [unit_file(folder, name) for name in names if unit_file(folder, name).exists()]
+    files += sorted(set((folder / 'units').glob('*.json')) - set(files))
+    units = [json.loads(file.read_text()) for file in files]
+    rows: list[Row] = [row for unit in units for row in unit['rows']]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(folder / 'results.csv') as path, open(path, 'w', newline='') as table:
+        writer = csv.DictWriter(table, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    plots = study.plots(rows)
+    for name, figure in plots.items():
+        with atomic_write(folder / f'{name}.png') as path:
+            figure.savefig(path, dpi=120)
+    record = {
+        **record,
+        'seeds': sorted({unit['unit']['seed'] for unit in units if 'seed' in unit['unit']}),
+        'hardware': provenance.hardware(torch.device('cuda' if torch.cuda.is_available() else 'cpu')),
+        'finished': now(),
+        'seconds': {file.stem: round(unit['seconds'], 1) for file, unit in zip(files, units, strict=True)},
+    }
+    write_record(folder, record)
+    pictures = ''.join(f'\n![{name}]({name}.png)\n' for name in plots)
+    with atomic_write(folder / 'results.md') as path:
+        path.write_text(f'# {study.name}\n\n{study.report(rows)}\n{pictures}\n{made_by(record)}')
+
+
+def made_by(record: dict[str, Any]) -> str:
+    """Return how results were made, as Markdown."""
+    machine = ', '.join(f'{name} {value}' for name, value in record['hardware'].items())
+    packages = ', '.join(f'{name} {version}' for name, version in record['versions'].items())
+    hours = sum(record['seconds'].values()) / 3600
+    return (
+        f'Made by `{record["command"]}` at commit {record["commit"]}, finished {record["finished"]}, '
+        f'{hours:.2f} hours of work in all. {machine}. {packages}.\n'
+    )
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_json(folder / 'run.json', record)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of JSON, all at once."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + '\n')
+
+
+def now() -> str:
+    """Return the time, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')

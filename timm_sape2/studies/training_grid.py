@@ -1,0 +1,127 @@
+"""Training one model in variants that differ in their position encoding alone."""
+
+import argparse
+import copy
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm import utils
+from torch import nn
+
+from ..training.arguments import parse_arguments
+from ..training.interrupt import SignalCatcher
+from ..training.loop import fit, set_up
+from ..training.model import build_model
+from ..training.run_folder import path_of_run
+from ..vit import PositionVisionTransformer
+from .study import Row, Unit
+
+MODEL = ('--model', 'vit_compact_sape2_patch4_32', '--num-classes', '10', '--checkpoint-hist', '1')
+DIGITS = (
+    *('--dataset', 'digits', '--epochs', '8', '--warmup-epochs', '1', '--batch-size', '64', '--lr', '1e-3'),
+    *('--clip-grad', '1', '--hflip', '0', '--color-jitter', '0', '--scale', '0.6', '1', '--workers', '0'),
+)
+NOT_OF_THE_RESULT = ('output', 'experiment', 'resume', 'device', 'log_interval', 'recovery_interval', 'checkpoint_hist')
+
+
+def parse_training_flags(flags: Sequence[str]) -> argparse.Namespace:
+    """Parse flags of train.py. Without a recipe the model is the compact one, and without data it learns the digits.
+
+    Raises:
+        ValueError: A flag is wrong, or the model is not one of this package.
+    """
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument('-c', '--config')
+    named.add_argument('--data-dir')
+    named.add_argument('--dataset')
+    given = named.parse_known_args(flags)[0]
+    defaults = () if given.config else MODEL if given.data_dir or given.dataset else (*MODEL, *DIGITS)
+    args = parse_arguments([*defaults, *flags])
+    for name in ('position', 'position_args'):
+        if name in args.model_kwargs:
+            raise ValueError(f'--model-kwargs {name}=... is what the study varies; leave it out')
+    check_model(args, {})
+    return args
+
+
+def configuration_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that the result of a run depends on, apart from the factors of a study."""
+    return {name: value for name, value in vars(args).items() if name not in (*NOT_OF_THE_RESULT, 'seed')}
+
+
+def check_model(args: argparse.Namespace, model_kwargs: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the model of a run cannot be created with these arguments."""
+    try:
+        kwargs = {'num_classes': args.num_classes, **args.model_kwargs, **model_kwargs, 'device': 'meta'}
+        model = timm.create_model(args.model, img_size=args.img_size, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f'cannot create {args.model} with {dict(model_kwargs)}: {error}') from error
+    if not isinstance(model, PositionVisionTransformer):
+        raise ValueError(f"--model {args.model} has no exchangeable position encoding; 'timm-sape2 list' shows those")
+
+
+def train(args: argparse.Namespace, name: str, model_kwargs: Mapping[str, Any], seed: int, folder: Path) -> list[Row]:
+    """Train one variant, or go on with it, and return what the epochs gave.
+
+    For one seed, all variants get the same batches in the same order, and the same initial weights except those of
+    the position encoding.
+
+    Args:
+        args: The arguments that all variants share.
+        name: Name of the variant, its folder.
+        model_kwargs: What the variant changes in the model.
+        seed: Seed of the run.
+        folder: Folder of the study.
+
+    Returns:
+        Epoch, training and validation loss and top-1 accuracy in percent; one row of NaN if training diverged.
+    """
+    args = copy.deepcopy(args)
+    args.model_kwargs.update(model_kwargs)
+    args.seed, args.output, args.experiment, args.resume = seed, str(folder / 'runs'), name, 'auto'
+    run = set_up(args, initialize=partial(share_initial_weights, args=args))
+    try:
+        with SignalCatcher() as signals:
+            fit(run, signals)
+    except FloatingPointError:
+        return [{'epoch': args.epochs - 1, 'train_loss': math.nan, 'eval_loss': math.nan, 'top1': math.nan}]
+    with open(path_of_run(args) / 'summary.csv', newline='') as file:
+        return [
+            {
+                'epoch': int(row['epoch']),
+                'train_loss': float(row['train_loss']),
+                'eval_loss': float(row['eval_loss']),
+                'top1': float(row['eval_top1']),
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def share_initial_weights(model: nn.Module, args: argparse.Namespace) -> None:
+    """Give a model the initial weights that it would have without position encoding, apart from the encoding's own."""
+    plain = copy.deepcopy(args)
+    plain.model_kwargs = {name: value for name, value in args.model_kwargs.items() if name != 'position_args'}
+    plain.model_kwargs['position'] = 'nope'
+    utils.random_seed(args.seed)
+    shared = build_model(plain, with_weights=False).state_dict()
+    model.load_state_dict({**model.state_dict(), **shared})
+
+
+def last_epochs(rows: Sequence[Row], factors: Sequence[str]) -> list[Row]:
+    """Return the row of the last epoch of every run, runs being told apart by some factors."""
+    last: dict[tuple, Row] = {}
+    for row in rows:
+        run = tuple(row[factor] for factor in factors)
+        if run not in last or row['epoch'] > last[run]['epoch']:
+            last[run] = row
+    return list(last.values())
+
+
+def units_of(variants: Sequence[Unit], seeds: Sequence[int]) -> list[Unit]:
+    """Return every variant with every seed, a seed after the other, so that a study stopped early is even."""
+    return [{**variant, 'seed': seed} for seed in seeds for variant in variants]
