@@ -2,6 +2,8 @@
 
 from .ablation import Ablation
 from .compare import Compare
+from .equivariance import Equivariance
+from .resolution import Resolution
 from .study import Study as Study
 
-STUDIES: dict[str, type[Study]] = {study.name: study for study in (Compare, Ablation)}
+STUDIES: dict[str, type[Study]] = {study.name: study for study in (Compare, Equivariance, Resolution, Ablation)}

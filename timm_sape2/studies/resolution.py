@@ -1,0 +1,177 @@
+"""Study: accuracy at other image sizes than the one of training."""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+
+from ..training.arguments import positive_float
+from ..training.interrupt import SignalCatcher
+from ..training.loop import fit, set_up
+from ..training.run_folder import path_of_run
+from .report import grouped, markdown_table, mean_and_deviation, new_figure, plus_minus
+from .runner import unit_names
+from .study import Row, Study, Unit
+from .trained import TrainedRun, evaluate, open_runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FACTORS = ('encoding', 'layer_scale', 'distance_scale')
+
+
+class Resolution(Study):
+    """Take models to other image sizes, as they are and after an epoch of training there."""
+
+    name = 'resolution'
+    summary = 'take trained models to other image sizes'
+    description = """\
+Validate trained models at other image sizes, also non-square ones, first as
+they are, then after one epoch of training at that size. Learned position
+embeddings and bias tables are resampled bicubically; SaPE2 is tried with both
+settings of distance_scale. The two columns are never mixed."""
+    examples = """\
+  timm-sape2 study resolution --runs output/studies/compare
+  timm-sape2 study resolution --runs output/train/mine --sizes 192 256 192x256 \\
+      --no-fine-tune"""
+
+    def __init__(self, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
+        self.runs = open_runs(arguments.runs, flags)
+        self.fine_tune_lr = arguments.fine_tune_lr
+        sizes = [read_size(text) for text in arguments.sizes]
+        self.units = [
+            {
+                **run.factors,
+                'distance_scale': distance_scale,
+                'size': f'{height}x{width}',
+                'training': 'one epoch' if fine_tune else 'none',
+            }
+            for fine_tune in ((False, True) if arguments.fine_tune else (False,))
+            for height, width in sizes
+            for run in self.runs
+            for distance_scale in distance_scales(run)
+        ]
+        for unit in self.units:
+            self.check_size(unit)
+        data = {name: getattr(self.runs[0].args, name) for name in ('data_dir', 'train_num_samples', 'val_num_samples')}
+        self.configuration = {**data, 'fine_tune_lr': self.fine_tune_lr}
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            '--runs', nargs='+', required=True, metavar='DIR', help='runs of train.py, or studies that trained some'
+        )
+        parser.add_argument(
+            '--sizes',
+            nargs='+',
+            default=['24', '28', '32', '40', '48', '64', '32x48'],
+            metavar='N',
+            help='sides, or HEIGHTxWIDTH, in pixels (default: 24 28 32 40 48 64 32x48)',
+        )
+        parser.add_argument(
+            '--fine-tune',
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help='validate after an epoch of training too (default: yes)',
+        )
+        parser.add_argument(
+            '--fine-tune-lr', type=positive_float, default=1e-4, metavar='X', help='its rate (default: 1e-4)'
+        )
+
+    def run_of(self, unit: Unit) -> TrainedRun:
+        """Return the run that a unit is about."""
+        return next(run for run in self.runs if run.factors.items() <= unit.items())
+
+    def check_size(self, unit: Unit) -> None:
+        """Raise a ValueError if the model cannot be made at the size."""
+        args = self.run_of(unit).args
+        kwargs = {**args.model_kwargs, **model_kwargs(self.run_of(unit), unit)}
+        timm.create_model(args.model, img_size=read_size(unit['size']), device='meta', **kwargs)
+
+    def run(self, unit: Unit, folder: Path) -> list[Row]:
+        run, size = self.run_of(unit), read_size(unit['size'])
+        if unit['training'] == 'one epoch':
+            (name,) = unit_names([unit])
+            args = run.arguments_at(size, model_kwargs(run, unit))
+            args.epochs, args.warmup_epochs, args.lr, args.val_interval = 1, 0, self.fine_tune_lr, 1
+            args.output, args.experiment, args.resume = str(folder / 'runs'), name, 'auto'
+            training = set_up(args)
+            with SignalCatcher() as signals:
+                fit(training, signals)
+            with open(path_of_run(args) / 'summary.csv', newline='') as file:
+                (row,) = csv.DictReader(file)
+            return [{**unit, 'top1': float(row['eval_top1']), 'loss': float(row['eval_loss'])}]
+        device, autocast = run.set_up_device()
+        model = run.model_at(size, model_kwargs(run, unit)).to(device)
+        metrics = evaluate(model, run.validation_loader(model, size, device), autocast)
+        return [{**unit, 'top1': metrics['top1'], 'loss': metrics['loss']}]
+
+    def report(self, rows: list[Row]) -> str:
+        parts = []
+        for (training,), of_training in grouped(rows, 'training').items():
+            sizes = [size for (size,) in grouped(of_training, 'size')]
+            table = []
+            for factors, of_model in grouped(of_training, *FACTORS).items():
+                top1 = {
+                    size: [row['top1'] for row in at_size] for (size,), at_size in grouped(of_model, 'size').items()
+                }
+                table.append(
+                    dict(zip(FACTORS, factors, strict=True))
+                    | {size: plus_minus(top1[size]) if size in top1 else '' for size in sizes}
+                )
+            title = 'As trained, no further training' if training == 'none' else 'After one epoch at the size'
+            parts.append(f'## {title}\n\n{markdown_table(table)}')
+        explanation = (
+            'Top-1 accuracy in % by image size (height x width), mean ± standard deviation over seeds. Images are '
+            'resized, and cropped at the center where the size is not square.'
+        )
+        return '\n\n'.join([explanation, *parts])
+
+    def plots(self, rows: list[Row]) -> 'dict[str, Figure]':
+        by_training = grouped(rows, 'training')
+        figure = new_figure(5.5 * len(by_training) + 1.5, 4.5)
+        panels = figure.subplots(1, len(by_training), sharey=True, squeeze=False)[0]
+        for axes, ((training,), of_training) in zip(panels, by_training.items(), strict=True):
+            sizes = sorted((size for (size,) in grouped(of_training, 'size')), key=read_size)
+            for i, (factors, of_model) in enumerate(grouped(of_training, *FACTORS).items()):
+                top1 = {
+                    size: [row['top1'] for row in at_size] for (size,), at_size in grouped(of_model, 'size').items()
+                }
+                means = [mean_and_deviation(top1[size])[0] if size in top1 else float('nan') for size in sizes]
+                label = ', '.join(factor for factor in factors if factor)
+                axes.plot(sizes, means, marker='.', color=f'C{i % 10}', linestyle=('-', '--')[i // 10 % 2], label=label)
+            axes.set(title='as trained' if training == 'none' else 'after one epoch', xlabel='image size')
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel('top-1 in %')
+        panels[-1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+        return {'sizes': figure}
+
+
+def top1_by_size(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Return the accuracies at each size."""
+    return {size: [row['top1'] for row in at_size] for (size,), at_size in grouped(rows, 'size').items()}
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Read '48' or '32x48' as height and width."""
+    sides = text.split('x')
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f'a size is a side or HEIGHTxWIDTH in pixels, not {text!r}')
+    return int(sides[0]), int(sides[-1])
+
+
+def distance_scales(run: TrainedRun) -> tuple[str, ...]:
+    """Return the settings of SaPE2's `distance_scale` to try with a model, an empty one for other encodings."""
+    return ('none', 'grid') if 'sape2' in str(run.factors['encoding']).split('+') else ('',)
+
+
+def model_kwargs(run: TrainedRun, unit: Unit) -> dict[str, Any]:
+    """Return what a unit changes in the model."""
+    if not unit['distance_scale']:
+        return {}
+    position_args: dict[str, Any] = dict(run.args.model_kwargs.get('position_args') or {})
+    sape2 = {**position_args.get('sape2', {}), 'distance_scale': unit['distance_scale']}
+    return {'position_args': {**position_args, 'sape2': sape2}}

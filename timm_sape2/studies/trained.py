@@ -1,0 +1,134 @@
+"""Runs of train.py whose models a study takes up again."""
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask, evaluation_sample_limit
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..training import datasets, hardware, loaders
+from ..training.arguments import parse_arguments
+from ..training.checkpoint_files import read_checkpoint
+from ..training.model import build_model
+from .study import Unit
+from .training_grid import share_initial_weights
+
+
+@dataclasses.dataclass
+class TrainedRun:
+    """A run of train.py.
+
+    Args:
+        args: What it was trained with, and flags of now on top.
+        checkpoint: The weights.
+        img_size: Height and width in training.
+    """
+
+    args: argparse.Namespace
+    checkpoint: Path
+    img_size: tuple[int, int]
+
+    @property
+    def factors(self) -> Unit:
+        """What tells it from other runs."""
+        layer_scale = self.args.model_kwargs.get('init_values')
+        return {
+            'encoding': self.args.model_kwargs.get('position', self.args.model),
+            'layer_scale': 'off' if layer_scale is None else str(layer_scale),
+            'seed': self.args.seed,
+        }
+
+    def arguments_at(self, img_size: tuple[int, int], model_kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Return arguments of train.py that start from its weights, at a size and with other options of the model."""
+        args = copy.deepcopy(self.args)
+        args.pretrained_path, args.img_size = str(self.checkpoint), img_size
+        args.model_kwargs.update(model_kwargs or {})
+        return args
+
+    def model_at(self, img_size: tuple[int, int], model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+        """Return its model at a size, in evaluation mode."""
+        return build_model(self.arguments_at(img_size, model_kwargs)).eval()
+
+    def initial_model(self) -> nn.Module:
+        """Return its model as it was before training."""
+        args = copy.deepcopy(self.args)
+        args.img_size = self.img_size
+        model = build_model(args, with_weights=False)
+        share_initial_weights(model, args)
+        return model.eval()
+
+    def validation_loader(self, model: nn.Module, img_size: tuple[int, int], device: torch.device) -> DataLoader:
+        """Return the loader of the validation images, prepared as for its model, at a size."""
+        args = copy.copy(self.args)
+        args.img_size = img_size
+        data_config = loaders.resolve_data(args, model)
+        validation = datasets.open_datasets(args, in_chans=data_config['input_size'][0])[1]
+        datasets.check_class_count(validation, args.num_classes)
+        return loaders.create_validation_loader(args, validation, data_config, device)
+
+    def set_up_device(self) -> tuple[torch.device, Callable[[], AbstractContextManager]]:
+        """Return the device to compute on and the context of mixed precision."""
+        device = hardware.set_up_device(self.args)
+        return device, hardware.mixed_precision(self.args, device)[0]
+
+
+def open_runs(paths: Sequence[str], flags: Sequence[str]) -> list[TrainedRun]:
+    """Open runs of train.py.
+
+    Args:
+        paths: Folders of runs, checkpoints in them, or studies that trained some.
+        flags: Flags of train.py that replace what the runs were trained with, such as `--data-dir`.
+
+    Raises:
+        ValueError: There is no such run, a flag is wrong, or flags ask for another model or position encoding.
+    """
+    found = []
+    for path in map(Path, paths):
+        if (path / 'runs').is_dir():
+            found += sorted(folder for folder in (path / 'runs').iterdir() if (folder / 'last.pth.tar').exists())
+        else:
+            found.append(path)
+    if not found:
+        raise ValueError(f'no finished runs in {", ".join(paths)}')
+    return [_open(path, flags) for path in found]
+
+
+def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
+    """Return top-1 and top-5 accuracy in percent, and the loss."""
+    device = next(model.parameters()).device
+    evaluator = ClassificationTask(model, device=device, verbose=False).create_evaluator(
+        max_samples=evaluation_sample_limit(loader)
+    )
+    with torch.inference_mode():
+        for images, targets in loader:
+            with autocast():
+                output = model(images.to(device))
+            evaluator.update(output, targets.to(device))
+    return evaluator.compute(distributed=False)
+
+
+def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
+    checkpoint = path / 'last.pth.tar' if path.is_dir() else path
+    recipe = checkpoint.with_name('args.yaml')
+    missing = [str(file) for file in (checkpoint, recipe) if not file.is_file()]
+    if missing:
+        raise ValueError(f'{path} is no run of train.py: there is no {" and no ".join(missing)}')
+    trained_with = read_checkpoint(checkpoint, mmap=True).get('args')
+    if trained_with is None:
+        raise ValueError(f'{checkpoint} does not say what it was trained with; a checkpoint of train.py does')
+    args = parse_arguments(['-c', str(recipe), *flags])
+    for name, asked, was in (
+        ('model', args.model, trained_with.model),
+        ('position', *(arguments.model_kwargs.get('position') for arguments in (args, trained_with))),
+    ):
+        if asked != was:
+            raise ValueError(f'{checkpoint} was trained with {name} {was!r}, not {asked!r}')
+    args.num_classes, img_size = trained_with.num_classes, tuple(trained_with.input_size[1:])
+    return TrainedRun(args, checkpoint, img_size)
