@@ -17,13 +17,15 @@ def model(tiny_vit, position):
     return tiny_vit(position, reg_tokens=3, depth=4)
 
 
-def block_outputs(model, x):
-    """What each block puts out, by hooks."""
+def block_outputs(model, x, mixed=True):
+    """What each block puts out, by hooks, and what encodings make of it that mix tokens after a block."""
     outputs = []
     handles = [block.register_forward_hook(lambda m, i, out: outputs.append(out)) for block in model.blocks]
     features = model.forward_features(x)
     for handle in handles:
         handle.remove()
+    if mixed:
+        outputs = [model.mix_tokens(out, (7, 9), i) for i, out in enumerate(outputs)]
     return features, outputs
 
 
@@ -150,7 +152,7 @@ class TestFeaturesOnly:
     def test_hooks_and_graph_give_the_tokens(self, tiny_vit, x, position, feature_cls):
         """timm's other two feature classes know nothing of the model but its module names."""
         model = tiny_vit(position)
-        _, outputs = block_outputs(model, x)
+        _, outputs = block_outputs(model, x, mixed=False)
         getter = tiny_vit(position, features_only=True, out_indices=(0, 1), feature_cls=feature_cls)
         getter.load_state_dict({k: model.state_dict()[k.partition('.')[2]] for k in getter.state_dict()})
         equal(getter(x), outputs)

@@ -9,13 +9,24 @@ from torch import nn
 
 from .base import Host as Host
 from .base import PositionEncoding as PositionEncoding
+from .cope import ContextualPosition
+from .cpe import ConditionalPosition
 from .learned import LearnedPosition
 from .nope import NoPosition
+from .relbias import RelativeBias
+from .rope import AxialRotaryPosition, MixedRotaryPosition
 from .sape2 import SaPE2
+from .sincos import SinCosPosition
 
 ENCODINGS: dict[str, type[PositionEncoding]] = {
     'nope': NoPosition,
     'learned': LearnedPosition,
+    'sincos': SinCosPosition,
+    'relbias': RelativeBias,
+    'cpe': ConditionalPosition,
+    'rope': AxialRotaryPosition,
+    'rope_mixed': MixedRotaryPosition,
+    'cope': ContextualPosition,
     'sape2': SaPE2,
 }
 
