@@ -36,15 +36,13 @@ comparisons changed it together with the encoding. Reported is the last epoch.""
     def __init__(self, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
         self.args = parse_training_flags(flags)
         variants = [
-            {'encoding': encoding, 'layer_scale': layer_scale}
+            {'encoding': encoding, 'layer_scale': 'off' if value is None else f'{value:g}'}
             for encoding in arguments.encodings
-            for layer_scale in arguments.layer_scale
+            for value in map(initial_layer_scale, arguments.layer_scale)
         ]
         for encoding in arguments.encodings:
             parse_position(encoding)
             check_model(self.args, {'position': encoding})
-        for layer_scale in arguments.layer_scale:
-            initial_layer_scale(layer_scale)
         if 'init_values' in self.args.model_kwargs:
             raise ValueError('--model-kwargs init_values=... is what the study varies; use --layer-scale')
         self.units = units_of(variants, arguments.seeds)

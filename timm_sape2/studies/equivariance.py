@@ -65,7 +65,7 @@ before training."""
     def run(self, unit: Unit, folder: Path) -> list[Row]:
         run = next(run for run in self.runs if run.factors.items() <= unit.items())
         device, autocast = run.set_up_device()
-        model = run.model_at(run.img_size) if unit['weights'] == 'trained' else run.initial_model()
+        model: Any = run.model_at(run.img_size) if unit['weights'] == 'trained' else run.initial_model()
         model.to(device)
         patch = max(model.patch_embed.patch_size)
         samples: dict[Shift, dict[str, list[float]]] = {}

@@ -41,7 +41,7 @@ class TrainedRun:
         layer_scale = self.args.model_kwargs.get('init_values')
         return {
             'encoding': self.args.model_kwargs.get('position', self.args.model),
-            'layer_scale': 'off' if layer_scale is None else str(layer_scale),
+            'layer_scale': 'off' if layer_scale is None else f'{layer_scale:g}',
             'seed': self.args.seed,
         }
 
