@@ -11,6 +11,7 @@ from torch import Tensor
 from .report import grouped, markdown_table, new_figure, plus_minus
 from .study import Row, Study, Unit
 from .trained import TrainedRun, open_runs
+from .training_grid import check_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,8 @@ before training."""
 
     def __init__(self, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
         self.runs = open_runs(arguments.runs, flags)
+        for run in self.runs:
+            check_overlap(check_model(run.arguments_at(run.img_size), {}).patch_embed.grid_size)
         self.units = [{**run.factors, 'weights': weights} for run in self.runs for weights in ('trained', 'initial')]
         self.configuration = {'data_dir': self.runs[0].args.data_dir, 'images': self.runs[0].args.val_num_samples}
 
@@ -135,6 +138,12 @@ before training."""
             panels[1, column].set(ylabel='relative change of the logits', xlabel='shift in patches')
         panels[0, 1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
         return {'shifts': figure}
+
+
+def check_overlap(grid: tuple[int, int]) -> None:
+    """Raise a ValueError if images that are two patches apart have nothing in common."""
+    if min(grid) <= 2:
+        raise ValueError(f'the largest shift, two patches, leaves nothing of a {grid[0]}x{grid[1]} grid of patches')
 
 
 def amounts(patch: int) -> list[int]:

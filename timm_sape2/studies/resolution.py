@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
-
 from ..training.arguments import positive_float
 from ..training.interrupt import SignalCatcher
 from ..training.loop import fit, set_up
@@ -16,6 +14,7 @@ from .report import grouped, markdown_table, mean_and_deviation, new_figure, plu
 from .runner import unit_names
 from .study import Row, Study, Unit
 from .trained import TrainedRun, evaluate, open_runs
+from .training_grid import check_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +54,8 @@ settings of distance_scale. The two columns are never mixed."""
             for distance_scale in distance_scales(run)
         ]
         for unit in self.units:
-            self.check_size(unit)
+            run = self.run_of(unit)
+            check_model(run.arguments_at(read_size(unit['size'])), model_kwargs(run, unit))
         data = {name: getattr(self.runs[0].args, name) for name in ('data_dir', 'train_num_samples', 'val_num_samples')}
         self.configuration = {**data, 'fine_tune_lr': self.fine_tune_lr}
 
@@ -84,12 +84,6 @@ settings of distance_scale. The two columns are never mixed."""
     def run_of(self, unit: Unit) -> TrainedRun:
         """Return the run that a unit is about."""
         return next(run for run in self.runs if run.factors.items() <= unit.items())
-
-    def check_size(self, unit: Unit) -> None:
-        """Raise a ValueError if the model cannot be made at the size."""
-        args = self.run_of(unit).args
-        kwargs = {**args.model_kwargs, **model_kwargs(self.run_of(unit), unit)}
-        timm.create_model(args.model, img_size=read_size(unit['size']), device='meta', **kwargs)
 
     def run(self, unit: Unit, folder: Path) -> list[Row]:
         run, size = self.run_of(unit), read_size(unit['size'])

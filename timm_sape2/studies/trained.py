@@ -13,6 +13,7 @@ from timm.task import ClassificationTask, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..positions import ENCODINGS
 from ..training import datasets, hardware, loaders
 from ..training.arguments import parse_arguments
 from ..training.checkpoint_files import read_checkpoint
@@ -92,12 +93,12 @@ def open_runs(paths: Sequence[str], flags: Sequence[str]) -> list[TrainedRun]:
     found = []
     for path in map(Path, paths):
         if (path / 'runs').is_dir():
-            found += sorted(folder for folder in (path / 'runs').iterdir() if (folder / 'last.pth.tar').exists())
+            found += [folder for folder in (path / 'runs').iterdir() if (folder / 'last.pth.tar').exists()]
         else:
             found.append(path)
     if not found:
         raise ValueError(f'no finished runs in {", ".join(paths)}')
-    return [_open(path, flags) for path in found]
+    return sorted((_open(path, flags) for path in found), key=_order)
 
 
 def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
@@ -112,6 +113,12 @@ def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable[[], Abstra
                 output = model(images.to(device))
             evaluator.update(output, targets.to(device))
     return evaluator.compute(distributed=False)
+
+
+def _order(run: TrainedRun) -> tuple:
+    encodings = str(run.factors['encoding']).split('+')
+    places = [list(ENCODINGS).index(name) if name in ENCODINGS else len(ENCODINGS) for name in encodings]
+    return len(places), places, run.factors['layer_scale'] != 'off', run.factors['seed']
 
 
 def _open(path: Path, flags: Sequence[str]) -> TrainedRun:

@@ -13,6 +13,7 @@ import timm
 from timm import utils
 from torch import nn
 
+from ..training import datasets
 from ..training.arguments import parse_arguments
 from ..training.interrupt import SignalCatcher
 from ..training.loop import fit, set_up
@@ -33,7 +34,7 @@ def parse_training_flags(flags: Sequence[str]) -> argparse.Namespace:
     """Parse flags of train.py. Without a recipe the model is the compact one, and without data it learns the digits.
 
     Raises:
-        ValueError: A flag is wrong, or the model is not one of this package.
+        ValueError: A flag is wrong, the model is not one of this package, or the data does not fit it.
     """
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument('-c', '--config')
@@ -45,7 +46,9 @@ def parse_training_flags(flags: Sequence[str]) -> argparse.Namespace:
     for name in ('position', 'position_args'):
         if name in args.model_kwargs:
             raise ValueError(f'--model-kwargs {name}=... is what the study varies; leave it out')
-    check_model(args, {})
+    model = check_model(args, {})
+    train_set, _ = datasets.open_datasets(args, in_chans=args.in_chans or model.in_chans)
+    datasets.check_class_count(train_set, model.num_classes)
     return args
 
 
@@ -54,15 +57,20 @@ def configuration_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in (*NOT_OF_THE_RESULT, 'seed')}
 
 
-def check_model(args: argparse.Namespace, model_kwargs: Mapping[str, Any]) -> None:
-    """Raise a ValueError if the model of a run cannot be created with these arguments."""
+def check_model(args: argparse.Namespace, model_kwargs: Mapping[str, Any]) -> PositionVisionTransformer:
+    """Create the model of a run on the meta device, with some of its arguments changed.
+
+    Raises:
+        ValueError: It cannot be created with these arguments, or is not one of this package.
+    """
     try:
         kwargs = {'num_classes': args.num_classes, **args.model_kwargs, **model_kwargs, 'device': 'meta'}
-        model = timm.create_model(args.model, img_size=args.img_size, **kwargs)
+        model = timm.create_model(args.model, img_size=args.img_size, in_chans=args.in_chans, **kwargs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f'cannot create {args.model} with {dict(model_kwargs)}: {error}') from error
     if not isinstance(model, PositionVisionTransformer):
         raise ValueError(f"--model {args.model} has no exchangeable position encoding; 'timm-sape2 list' shows those")
+    return model
 
 
 def train(args: argparse.Namespace, name: str, model_kwargs: Mapping[str, Any], seed: int, folder: Path) -> list[Row]:

@@ -1,0 +1,190 @@
+"""A study goes on where it was stopped, shares its work, and refuses the folder of another."""
+
+import argparse
+import csv
+import json
+import re
+import sys
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timm_sape2.studies import Study, runner
+from timm_sape2.studies.report import new_figure
+from timm_sape2.studies.runner import made_by, run_study, unit_names
+
+
+class Squares(Study):
+    """Squares of numbers, each number a unit with two rows."""
+
+    name = 'squares'
+    summary = description = examples = ''
+
+    def __init__(self, numbers=(1, 2, 3), **configuration):
+        self.units = [{'number': number, 'seed': 7} for number in numbers]
+        self.configuration = configuration
+        self.done = []
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, unit, folder):
+        self.done.append(unit['number'])
+        return [{**unit, 'sign': sign, 'square': (sign * unit['number']) ** 2} for sign in (1, -1)]
+
+    def report(self, rows):
+        return f'{len(rows)} squares'
+
+    def plots(self, rows):
+        return {'curve': new_figure(2, 1)}
+
+
+def table(folder):
+    with open(folder / 'results.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_report_plot_and_record(tmp_path):
+    run_study(Squares([3], power=2), tmp_path / 'a', ['timm-sape2', 'study', 'squares'])
+    assert table(tmp_path / 'a') == [
+        {'number': '3', 'seed': '7', 'sign': '1', 'square': '9'},
+        {'number': '3', 'seed': '7', 'sign': '-1', 'square': '9'},
+    ]
+    assert (tmp_path / 'a' / 'curve.png').read_bytes().startswith(b'\x89PNG')
+    record = json.loads((tmp_path / 'a' / 'run.json').read_text())
+    assert record['command'] == 'timm-sape2 study squares'
+    assert record['configuration'] == {'study': 'squares', 'power': 2}
+    assert (record['seeds'], list(record['seconds'])) == ([7], ['3_7'])
+    assert {'torch', 'timm', 'python'} <= set(record['versions'])
+    assert {'cpu', 'cores', 'threads'} <= set(record['hardware'])
+    text = (tmp_path / 'a' / 'results.md').read_text()
+    assert text.startswith('# squares\n\n2 squares\n\n![curve](curve.png)\n\nMade by `timm-sape2 study squares`')
+    assert text.endswith(made_by(record))
+
+
+def test_finished_units_are_not_done_again(tmp_path):
+    run_study(Squares(), tmp_path, [])
+    again = Squares()
+    run_study(again, tmp_path, [])
+    assert again.done == []
+
+
+def test_stopped_half_way_and_resumed_gives_the_same_table(tmp_path):
+    run_study(Squares(), tmp_path / 'undisturbed', [])
+
+    class Stopped(Squares):
+        def run(self, unit, folder):
+            if unit['number'] == 2:
+                raise KeyboardInterrupt
+            return super().run(unit, folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(Stopped(), tmp_path / 'stopped', [])
+    assert [row['number'] for row in table(tmp_path / 'stopped')] == ['1', '1']
+    resumed = Squares()
+    run_study(resumed, tmp_path / 'stopped', [])
+    assert resumed.done == [2, 3]
+    assert table(tmp_path / 'stopped') == table(tmp_path / 'undisturbed')
+
+
+def test_more_units_of_the_same_configuration_join_the_table(tmp_path):
+    run_study(Squares([1]), tmp_path, [])
+    run_study(Squares([2]), tmp_path, [])
+    assert [row['number'] for row in table(tmp_path)] == ['2', '2', '1', '1']
+
+
+def test_folder_of_another_configuration_is_refused_and_left_alone(tmp_path):
+    run_study(Squares(power=2, base='a'), tmp_path, ['first'])
+    before = {file: file.read_bytes() for file in tmp_path.rglob('*') if file.is_file()}
+    other = Squares([9], power=3, base='a')
+    with pytest.raises(
+        ValueError, match=re.escape(f'{tmp_path} holds a study with power=2 instead of 3; --experiment')
+    ):
+        run_study(other, tmp_path, ['second'])
+    assert other.done == []
+    assert {file: file.read_bytes() for file in tmp_path.rglob('*') if file.is_file()} == before
+
+
+def test_folder_of_another_study_is_refused(tmp_path):
+    class Cubes(Squares):
+        name = 'cubes'
+
+    run_study(Squares(), tmp_path, [])
+    with pytest.raises(ValueError, match="study='squares' instead of 'cubes'"):
+        run_study(Cubes(), tmp_path, [])
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Function that makes this look like one of two processes."""
+
+    def become(rank):
+        monkeypatch.setattr(runner, 'world_info_from_env', lambda: (rank, rank, 2))
+
+    return become
+
+
+def test_processes_share_the_units_and_the_first_one_reports(tmp_path, as_rank):
+    as_rank(1)
+    second = Squares()
+    run_study(second, tmp_path, [])
+    assert second.done == [2]
+    assert not (tmp_path / 'results.csv').exists()
+    as_rank(0)
+    first = Squares()
+    run_study(first, tmp_path, [])
+    assert first.done == [1, 3]
+    assert [row['number'] for row in table(tmp_path)] == ['1', '1', '2', '2', '3', '3']
+
+
+def test_the_first_process_waits_for_the_others(tmp_path, as_rank):
+    as_rank(0)
+    first = threading.Thread(target=run_study, args=(Squares(), tmp_path, []))
+    first.start()
+    first.join(timeout=2)
+    assert first.is_alive()
+    as_rank(1)
+    run_study(Squares(), tmp_path, [])
+    first.join(timeout=30)
+    assert not first.is_alive() and len(table(tmp_path)) == 6
+
+
+def test_measurements_of_time_are_left_to_the_first_process(tmp_path, as_rank):
+    class Timed(Squares):
+        one_process = True
+
+    as_rank(1)
+    second = Timed()
+    run_study(second, tmp_path, [])
+    assert second.done == []
+    as_rank(0)
+    first = Timed()
+    run_study(first, tmp_path, [])
+    assert first.done == [1, 2, 3]
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(ValueError, match=re.escape("plots need matplotlib: pip install 'timm_sape2[studies]'")):
+        run_study(Squares(), tmp_path / 'study', [])
+    assert not (tmp_path / 'study').exists()
+
+
+def test_a_unit_listed_twice(tmp_path):
+    with pytest.raises(ValueError, match='listed twice: 2_7'):
+        run_study(Squares([1, 2, 2]), tmp_path / 'study', [])
+    assert not (tmp_path / 'study').exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match='cannot write to the output folder'):
+        run_study(Squares(), tmp_path / 'file' / 'study', [])
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=3))
+def test_names_of_units_are_names_of_files(values):
+    (name,) = unit_names([dict(enumerate(values))])
+    assert '/' not in name and '\0' not in name
