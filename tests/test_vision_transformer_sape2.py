@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg, is_model_pretrained, save_for_hf
 
 from timm_sape2 import PositionVisionTransformer
 from timm_sape2 import vision_transformer_sape2 as registered
+from timm_sape2.positions import ENCODINGS
 
 NAMES = timm.list_models(module='vision_transformer_sape2')
 TINY = dict(img_size=(56, 72), patch_size=8, embed_dim=32, depth=4, num_heads=2)
@@ -30,7 +31,7 @@ class TestNames:
     def test_models_promised_to_users_are_there(self):
         promised = {f'vit_{size}_sape2' for size in ('tiny', 'small', 'base', 'large')}
         promised |= {f'vit_{size}_sape2_patch4_32' for size in ('compact', 'tiny', 'small')} | {'test_vit_sape2'}
-        for name in ('nope', 'learned', 'sape2'):
+        for name in ENCODINGS:
             promised |= {
                 f'vit_small_pos_{name}',
                 f'vit_small_pos_{name}_patch4_32',
@@ -94,6 +95,7 @@ class TestConfigurations:
     def test_encodings_follow_the_name(self, name):
         keys = on_meta(name).state_dict()
         encodings = name.split('_pos_')[1].removesuffix('_patch4_32') if '_pos_' in name else 'learned+sape2'
+        assert on_meta(name).position_name == encodings
         assert ('pos_embed' in keys) == ('learned' in encodings)
         assert ('blocks.0.attn.position.sape2.row_table' in keys) == ('sape2' in encodings)
 
@@ -104,6 +106,12 @@ class TestConfigurations:
             ('vit_compact_pos_learned_patch4_32', 814_986 - 6 * 2 * 10 * 32),
             ('vit_compact_pos_sape2_patch4_32', 814_986 - 65 * 128),
             ('vit_compact_pos_nope_patch4_32', 814_986 - 65 * 128 - 6 * 2 * 10 * 32),
+            ('vit_compact_pos_sincos_patch4_32', 814_986 - 65 * 128 - 6 * 2 * 10 * 32),
+            ('vit_compact_pos_relbias_patch4_32', 814_986 - 65 * 128 - 6 * (2 * 10 * 32 - (15 * 15 + 3) * 4)),
+            ('vit_compact_pos_cpe_patch4_32', 814_986 - 65 * 128 - 6 * 2 * 10 * 32 + 10 * 128),
+            ('vit_compact_pos_rope_patch4_32', 814_986 - 65 * 128 - 6 * 2 * 10 * 32),
+            ('vit_compact_pos_rope_mixed_patch4_32', 814_986 - 65 * 128 - 6 * (2 * 10 * 32 - 128)),
+            ('vit_compact_pos_cope_patch4_32', 814_986 - 65 * 128 - 6 * (2 * 10 * 32 - 64 * 32)),
             ('vit_tiny_sape2', 5_717_416 + 12 * 2 * 10 * 64),
             ('vit_small_sape2', 22_050_664 + 12 * 2 * 10 * 64),
             ('vit_base_sape2', 86_567_656 + 12 * 2 * 10 * 64),
@@ -111,7 +119,7 @@ class TestConfigurations:
         ],
     )
     def test_parameter_count(self, name, count):
-        """timm's own count and two tables of 10 x head_dim a block."""
+        """timm's own count and what its docstring says of an encoding, such as two tables of 10 x head_dim a block."""
         assert sum(p.numel() for p in on_meta(name).parameters()) == count
 
     @pytest.mark.parametrize('size', ['tiny', 'small', 'base', 'large'])

@@ -1,4 +1,4 @@
-"""Carrying a checkpoint into a model: from the authors' code or a plain timm ViT, to another grid or patch size."""
+"""Carrying a checkpoint into a model: from the authors' code or a timm ViT, to another grid or patch size."""
 
 import logging
 import math
@@ -18,6 +18,7 @@ Grid = tuple[int, int]
 
 AUTHORS_TABLE = re.compile(r'^(blocks\.\d+\.attn)\.cope\.cope_([xy])\.pos_emb$')
 AUTHORS_UNUSED = re.compile(r'^blocks\.\d+\.(gamma_[12]|attn\.cope\.(cope_[xy]\.)?w_k(\..+)?|attn\.cope\.norm\..+)$')
+TIMM_LAYER_SCALE = re.compile(r'^(blocks\.\d+)\.gamma_([12])$')
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> StateDict:
@@ -37,7 +38,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
     """
     for wrapper in ('model', 'state_dict'):
         state_dict = state_dict.get(wrapper, state_dict)
-    state_dict = rename_from_authors(state_dict)
+    state_dict = rename_from_timm_rope(rename_from_authors(state_dict))
     patch_weight = state_dict.get('patch_embed.proj.weight')
     if patch_weight is None or patch_weight.ndim != 4:
         raise ValueError('The checkpoint does not fit, it has no convolution patch_embed.proj.weight.')
@@ -89,6 +90,21 @@ def rename_from_authors(state_dict: StateDict) -> StateDict:
         "Checkpoint of the SaPE2 authors' code, whose last revision uses position_args={'sape2': {'target': 'q'}}. "
         f'Dropped {len(unused)} keys that it does not use: {", ".join(unused) or "none"}.'
     )
+    return renamed
+
+
+def rename_from_timm_rope(state_dict: StateDict) -> StateDict:
+    """Return a copy with the names of this package for a checkpoint of timm's rotary ViTs, `vit_*_patch16_rope_*`.
+
+    They call LayerScale `gamma_1` and `gamma_2`, and keep the learned frequencies of all blocks together in
+    `rope.freqs`, (2, depth, h, d / 2). Fixed frequencies are not stored.
+    """
+    renamed = {TIMM_LAYER_SCALE.sub(r'\1.ls\2.gamma', key): value for key, value in state_dict.items()}
+    if 'rope.freqs' in renamed and renamed['rope.freqs'].ndim == 4:
+        for block, block_freqs in enumerate(renamed.pop('rope.freqs').unbind(1)):
+            renamed[f'blocks.{block}.attn.position.rope_mixed.freqs'] = block_freqs.contiguous()
+    if renamed.keys() != state_dict.keys():
+        _logger.info("Renamed LayerScale and frequencies of a checkpoint of timm's rotary vision transformers.")
     return renamed
 
 

@@ -45,12 +45,30 @@ default_cfgs = generate_default_cfgs(
         'vit_small_sape2_patch4_32.untrained': _cfg_32(),
         'vit_small_pos_nope.untrained': _cfg(),
         'vit_small_pos_learned.untrained': _cfg(),
+        'vit_small_pos_sincos.untrained': _cfg(),
+        'vit_small_pos_relbias.untrained': _cfg(),
+        'vit_small_pos_cpe.untrained': _cfg(),
+        'vit_small_pos_rope.untrained': _cfg(),
+        'vit_small_pos_rope_mixed.untrained': _cfg(),
+        'vit_small_pos_cope.untrained': _cfg(),
         'vit_small_pos_sape2.untrained': _cfg(),
         'vit_compact_pos_nope_patch4_32.untrained': _cfg_32(),
         'vit_compact_pos_learned_patch4_32.untrained': _cfg_32(),
+        'vit_compact_pos_sincos_patch4_32.untrained': _cfg_32(),
+        'vit_compact_pos_relbias_patch4_32.untrained': _cfg_32(),
+        'vit_compact_pos_cpe_patch4_32.untrained': _cfg_32(),
+        'vit_compact_pos_rope_patch4_32.untrained': _cfg_32(),
+        'vit_compact_pos_rope_mixed_patch4_32.untrained': _cfg_32(),
+        'vit_compact_pos_cope_patch4_32.untrained': _cfg_32(),
         'vit_compact_pos_sape2_patch4_32.untrained': _cfg_32(),
         'vit_small_pos_nope_patch4_32.untrained': _cfg_32(),
         'vit_small_pos_learned_patch4_32.untrained': _cfg_32(),
+        'vit_small_pos_sincos_patch4_32.untrained': _cfg_32(),
+        'vit_small_pos_relbias_patch4_32.untrained': _cfg_32(),
+        'vit_small_pos_cpe_patch4_32.untrained': _cfg_32(),
+        'vit_small_pos_rope_patch4_32.untrained': _cfg_32(),
+        'vit_small_pos_rope_mixed_patch4_32.untrained': _cfg_32(),
+        'vit_small_pos_cope_patch4_32.untrained': _cfg_32(),
         'vit_small_pos_sape2_patch4_32.untrained': _cfg_32(),
         'test_vit_sape2.untrained': _cfg(input_size=(3, 64, 64), crop_pct=0.95),
     }
@@ -139,6 +157,48 @@ def vit_small_pos_learned(pretrained: bool = False, **kwargs: Any) -> PositionVi
 
 
 @register_model
+def vit_small_pos_sincos(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/16 with fixed sinusoidal position embeddings."""
+    model_args = dict(patch_size=16, position='sincos', **SMALL)
+    return _create('vit_small_pos_sincos', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_relbias(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/16 with relative position bias."""
+    model_args = dict(patch_size=16, position='relbias', **SMALL)
+    return _create('vit_small_pos_relbias', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_cpe(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/16 with conditional position encoding."""
+    model_args = dict(patch_size=16, position='cpe', **SMALL)
+    return _create('vit_small_pos_cpe', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_rope(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/16 with axial rotary position encoding."""
+    model_args = dict(patch_size=16, position='rope', **SMALL)
+    return _create('vit_small_pos_rope', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_rope_mixed(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/16 with mixed rotary position encoding."""
+    model_args = dict(patch_size=16, position='rope_mixed', **SMALL)
+    return _create('vit_small_pos_rope_mixed', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_cope(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/16 with contextual position encoding (CoPE)."""
+    model_args = dict(patch_size=16, position='cope', **SMALL)
+    return _create('vit_small_pos_cope', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
 def vit_small_pos_sape2(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
     """ViT-S/16 with SaPE2 alone."""
     model_args = dict(patch_size=16, position='sape2', **SMALL)
@@ -160,6 +220,48 @@ def vit_compact_pos_learned_patch4_32(pretrained: bool = False, **kwargs: Any) -
 
 
 @register_model
+def vit_compact_pos_sincos_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """Compact ViT/4 at 32x32 with fixed sinusoidal position embeddings."""
+    model_args = dict(patch_size=4, position='sincos', **COMPACT)
+    return _create('vit_compact_pos_sincos_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_compact_pos_relbias_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """Compact ViT/4 at 32x32 with relative position bias."""
+    model_args = dict(patch_size=4, position='relbias', **COMPACT)
+    return _create('vit_compact_pos_relbias_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_compact_pos_cpe_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """Compact ViT/4 at 32x32 with conditional position encoding."""
+    model_args = dict(patch_size=4, position='cpe', **COMPACT)
+    return _create('vit_compact_pos_cpe_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_compact_pos_rope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """Compact ViT/4 at 32x32 with axial rotary position encoding."""
+    model_args = dict(patch_size=4, position='rope', **COMPACT)
+    return _create('vit_compact_pos_rope_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_compact_pos_rope_mixed_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """Compact ViT/4 at 32x32 with mixed rotary position encoding."""
+    model_args = dict(patch_size=4, position='rope_mixed', **COMPACT)
+    return _create('vit_compact_pos_rope_mixed_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_compact_pos_cope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """Compact ViT/4 at 32x32 with contextual position encoding (CoPE)."""
+    model_args = dict(patch_size=4, position='cope', **COMPACT)
+    return _create('vit_compact_pos_cope_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
 def vit_compact_pos_sape2_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
     """Compact ViT/4 at 32x32 with SaPE2 alone."""
     model_args = dict(patch_size=4, position='sape2', **COMPACT)
@@ -178,6 +280,48 @@ def vit_small_pos_learned_patch4_32(pretrained: bool = False, **kwargs: Any) -> 
     """ViT-S/4 at 32x32 with learned absolute position embeddings."""
     model_args = dict(patch_size=4, position='learned', **SMALL)
     return _create('vit_small_pos_learned_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_sincos_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/4 at 32x32 with fixed sinusoidal position embeddings."""
+    model_args = dict(patch_size=4, position='sincos', **SMALL)
+    return _create('vit_small_pos_sincos_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_relbias_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/4 at 32x32 with relative position bias."""
+    model_args = dict(patch_size=4, position='relbias', **SMALL)
+    return _create('vit_small_pos_relbias_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_cpe_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/4 at 32x32 with conditional position encoding."""
+    model_args = dict(patch_size=4, position='cpe', **SMALL)
+    return _create('vit_small_pos_cpe_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_rope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/4 at 32x32 with axial rotary position encoding."""
+    model_args = dict(patch_size=4, position='rope', **SMALL)
+    return _create('vit_small_pos_rope_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_rope_mixed_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/4 at 32x32 with mixed rotary position encoding."""
+    model_args = dict(patch_size=4, position='rope_mixed', **SMALL)
+    return _create('vit_small_pos_rope_mixed_patch4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_pos_cope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+    """ViT-S/4 at 32x32 with contextual position encoding (CoPE)."""
+    model_args = dict(patch_size=4, position='cope', **SMALL)
+    return _create('vit_small_pos_cope_patch4_32', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

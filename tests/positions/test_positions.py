@@ -45,6 +45,19 @@ def test_bad_names_and_options(position, position_args, message):
 
 
 @pytest.mark.parametrize('name', ENCODINGS)
+@pytest.mark.parametrize('size', [(72, 56), (8, 40), (112, 112)])
+def test_state_dict_depends_on_the_image_size_only_where_it_is_resampled(tiny_vit, name, size):
+    shapes = [{k: v.shape for k, v in tiny_vit(name, img_size=s).state_dict().items()} for s in ((56, 72), size)]
+    differing = {key for key in shapes[0] if shapes[0][key] != shapes[1][key]}
+    assert shapes[0].keys() == shapes[1].keys()
+    expected = {
+        'learned': {'pos_embed'} if size != (72, 56) else set(),
+        'relbias': {f'blocks.{i}.attn.position.relbias.bias_table' for i in range(2)},
+    }
+    assert differing == expected.get(name, set())
+
+
+@pytest.mark.parametrize('name', ENCODINGS)
 def test_every_encoding_says_what_a_user_asks(name):
     documentation = ENCODINGS[name].__doc__
     assert 'refix tokens' in documentation
