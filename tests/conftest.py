@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from timm_sape2.__main__ import main
 from timm_sape2.positions import ENCODINGS
 
 
@@ -37,3 +38,20 @@ def tiny_vit():
         return model
 
     return create
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Function that runs a command that must fail as users' errors do, and returns its message."""
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as leaving:
+            main(argv)
+        assert leaving.value.code == 2
+        out, error = capsys.readouterr()
+        assert out == ''
+        assert error.startswith('timm-sape2: error: ')
+        assert error.count('\n') == 1 and error.endswith('\n')
+        return error.removeprefix('timm-sape2: error: ').rstrip('\n')
+
+    return run

@@ -4,23 +4,33 @@ import argparse
 from typing import Any
 
 import timm
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from .list_encodings import show_encodings
+from .model_cost import count_flops, count_parameters
 from .parser import Commands
+from .table import print_table
 
 
 def add_list(commands: Commands) -> None:
     """Add `list`."""
     parser = commands.add_parser(
         'list',
-        help='show the models',
-        description='Show the models that this package registers with timm.',
+        help='show the models, or the position encodings',
+        description="""\
+Show the models that this package registers with timm, or the encodings.
+
+The table of encodings is measured. Positions are 'absolute' (features depend
+on the place), 'relative' (content that moves keeps its features; 'relative
+inside' if the border of the image makes a difference) or 'content-based' (what
+lies around decides). Parameters and MFLOPs are those added to vit_small at
+224x224, patch 16; torch counts FLOPs of matrix products and convolutions only.
+At another grid, numbers are used as they are or resampled.""",
         epilog="""\
 examples:
   timm-sape2 list
   timm-sape2 list '*patch4_32'       those for images of 32x32
   timm-sape2 list 'vit_small_pos_*'  one transformer with each of the encodings
+  timm-sape2 list --encodings        what the encodings are like
 
 A name goes wherever timm takes a model: timm.create_model(NAME), --model NAME.""",
     )
@@ -30,7 +40,18 @@ A name goes wherever timm takes a model: timm.create_model(NAME), --model NAME."
         action='store_true',
         help='count 10^9 multiply-accumulates an image too: matrix products and convolutions',
     )
-    parser.set_defaults(command=show_models)
+    parser.add_argument('--encodings', action='store_true', help='show the position encodings in place of the models')
+    parser.set_defaults(command=show)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the table that the arguments ask for."""
+    if not arguments.encodings:
+        show_models(arguments)
+    elif arguments.pattern or arguments.gmacs:
+        raise ValueError('--encodings goes alone, without names of models and without --gmacs')
+    else:
+        show_encodings()
 
 
 def show_models(arguments: argparse.Namespace) -> None:
@@ -43,10 +64,8 @@ def show_models(arguments: argparse.Namespace) -> None:
         rows[0] += ('GMACs',)
     for name in names:
         model = timm.create_model(name, device='meta').eval()
-        rows.append(describe_model(model) + ((f'{count_gmacs(model):.3g}',) if arguments.gmacs else ()))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        rows.append(describe_model(model) + ((f'{count_flops(model) / 2e9:.3g}',) if arguments.gmacs else ()))
+    print_table(rows)
 
 
 def describe_model(model: Any) -> tuple[str, ...]:
@@ -56,12 +75,5 @@ def describe_model(model: Any) -> tuple[str, ...]:
         model.position_name,
         'x'.join(map(str, model.pretrained_cfg['input_size'])),
         'x'.join(map(str, model.patch_embed.patch_size)),
-        f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M',
+        f'{count_parameters(model) / 1e6:.2f} M',
     )
-
-
-def count_gmacs(model: Any) -> float:
-    """Return the billions of multiply-accumulates for one image that torch's counter sees, for a model on `meta`."""
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    return counter.get_total_flops() / 2e9

@@ -1,0 +1,19 @@
+"""What a model costs, for a model on the device `meta` as for any other."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(model: Any) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_flops(model: Any) -> int:
+    """Return the FLOPs for one image that torch's counter sees: those of matrix products and convolutions."""
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *model.pretrained_cfg['input_size'], device=device))
+    return counter.get_total_flops()
