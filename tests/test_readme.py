@@ -9,7 +9,7 @@ import timm
 import torch
 
 from timm_sape2.__main__ import main
-from timm_sape2.positions import ENCODINGS
+from timm_sape2.positions import ENCODINGS, valid_options
 from timm_sape2.training.arguments import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -54,9 +54,17 @@ def test_an_encoding_of_your_own():
         del ENCODINGS['rowdistance']
 
 
-def test_the_table_of_models_is_what_the_command_prints(capsys):
-    main(['list', '--gmacs'])
-    assert block_with('text', 'GMACs') == capsys.readouterr().out
+@pytest.mark.parametrize(('option', 'column'), [('--gmacs', 'GMACs'), ('--encodings', 'MFLOPs')])
+def test_a_table_is_what_the_command_prints(capsys, option, column):
+    main(['list', option])
+    assert block_with('text', column) == capsys.readouterr().out
+
+
+def test_every_encoding_has_a_row_with_its_options():
+    rows = dict(re.findall(r'^\| `(\w+)` \|.*\| (.*)\|$', README, flags=re.MULTILINE))
+    assert {name: re.findall(r'`(\w+)`', options) for name, options in rows.items()} == {
+        name: valid_options(name) for name in ENCODINGS
+    }
 
 
 def test_flags_of_train_commands():

@@ -7,6 +7,8 @@ import torch
 from timm.layers import create_feature_extractor
 from torch.export import Dim
 
+from timm_sape2.positions import ENCODINGS
+
 VARIANTS = (
     {'target': 'qk', 'gate_source': 'separate', 'axes': 'x', 'distance_scale': 'grid'},
     {'target': 'q', 'gating': 'none', 'axes': 'y'},
@@ -78,8 +80,8 @@ class TestTrace:
         x = images(batch=3)
         torch.testing.assert_close(traced(x), model(x))
 
-    @pytest.mark.parametrize('position', ['nope', 'sape2'])
-    def test_dynamic_without_learned_embeddings(self, tiny_vit, position):
+    @pytest.mark.parametrize('position', sorted(set(ENCODINGS) - {'learned', 'relbias'}))
+    def test_dynamic_where_nothing_is_resampled(self, tiny_vit, position):
         model = tiny_vit(position, dynamic_img_size=True)
         traced = torch.jit.trace(model, images())
         for size in OTHER_SIZES:
@@ -144,10 +146,16 @@ class TestOnnx:
             (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
             torch.testing.assert_close(torch.from_numpy(out), model(x), rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.parametrize('dynamic', [False, True])
-    def test_dynamo_exporter(self, tiny_vit, tmp_path, dynamic):
+    @pytest.mark.parametrize(
+        ('position', 'dynamic'),
+        [
+            ('learned+sape2', False),
+            *((name, True) for name in ('learned+sape2', 'relbias', 'rope', 'rope_mixed', 'cope')),
+        ],
+    )
+    def test_dynamo_exporter(self, tiny_vit, tmp_path, position, dynamic):
         pytest.importorskip('onnxscript')
-        model = tiny_vit(dynamic_img_size=dynamic, reg_tokens=2, depth=1 if dynamic else 2)
+        model = tiny_vit(position, dynamic_img_size=dynamic, reg_tokens=2, depth=1 if dynamic else 2)
         shapes = dynamic_shapes() if dynamic else {0: Dim('batch', max=64)}
         path = tmp_path / 'model.onnx'
         torch.onnx.export(model, (images(),), path, dynamo=True, dynamic_shapes=(shapes,), verbose=False)

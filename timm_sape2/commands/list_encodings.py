@@ -57,11 +57,11 @@ def is_independent_of_grid(position: str) -> bool:
 def describe_translation(position: str) -> str:
     """Find out what moving content does to its features, with a random model in float64.
 
-    Patches of content lie on an otherwise empty canvas that no token attends to. 'none': other places for the patches
-    give the same features in other places. 'relative': moving all of them alike gives the same features. 'absolute': it
-    does not, and features of an image of one colour tell places apart. 'content-based': it does not, and they do not,
-    so that positions come from the other patches that are there. Content stays clear of the border of the canvas: an
-    encoding that is relative there, yet tells places apart in one colour, is 'relative inside'.
+    There is no class token. Patches of content lie on an otherwise empty canvas that no token attends to, clear of its
+    border. 'none': patches in another order keep their features. 'relative': they keep them when all are moved alike.
+    'absolute': they do not, and the features of an image of one colour tell places apart. 'content-based': they do not,
+    and those do not either, so positions come from what lies around. An encoding that is relative, yet tells places
+    apart in an image of one colour, does so at the border and is 'relative inside'.
 
     Args:
         position: Names of encodings joined by '+'.

@@ -19,12 +19,12 @@ def add_list(commands: Commands) -> None:
         description="""\
 Show the models that this package registers with timm, or the encodings.
 
-The table of encodings is measured. Positions are 'absolute' (features depend
-on the place), 'relative' (content that moves keeps its features; 'relative
-inside' if the border of the image makes a difference) or 'content-based' (what
-lies around decides). Parameters and MFLOPs are those added to vit_small at
-224x224, patch 16; torch counts FLOPs of matrix products and convolutions only.
-At another grid, numbers are used as they are or resampled.""",
+The table of encodings is measured. Translation: content that moves keeps its
+features ('relative'; 'relative inside' if the border of the image makes a
+difference), or they depend on the place ('absolute') or on what lies around
+('content-based'), without class token. Parameters and MFLOPs are those added to
+vit_small at 224x224, patch 16; torch counts FLOPs of matrix products and
+convolutions only. Parameters fit another grid as they are, or are resampled.""",
         epilog="""\
 examples:
   timm-sape2 list

@@ -18,7 +18,8 @@ class AxialRotaryPosition(PositionEncoding):
     and `r w_k` in the second, so that a dot product depends on contents and on (r_i - r_j, c_i - c_j) alone.
     The same as `vit_small_patch16_rope_224` of timm, which takes its weights from the authors.
 
-    Prefix tokens are not rotated. There are no parameters and nothing in the state dict. Angles are computed for
+    Prefix tokens are not rotated, so that their dot products with a patch depend on its place. There are no parameters
+    and nothing in the state dict. Angles are computed for
     the grid at hand, so any grid will do as it is; a larger grid has distances that were never seen in training.
 
     Args:
@@ -59,8 +60,8 @@ class MixedRotaryPosition(PositionEncoding):
     `vit_small_patch16_rope_mixed_224` of timm. Frequencies start as the axial ones with `temperature`, turned by
     a random angle in each head.
 
-    Prefix tokens are not rotated. There are h * d = C parameters a block, `freqs` (2, h, d / 2), u and v, independent
-    of the grid. Angles are computed for the grid at hand, so any grid will do as it is.
+    Prefix tokens are not rotated, as there. There are h * d = C parameters a block, `freqs` (2, h, d / 2) for u and v,
+    independent of the grid. Angles are computed for the grid at hand, so any grid will do as it is.
 
     Args:
         host: The model that this encoding is built into.
