@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models.twins import PosConv
 
 from timm_sape2.positions import Host
 from timm_sape2.positions.cpe import ConditionalPosition
@@ -36,6 +37,14 @@ def test_every_patch_adds_its_neighbours_weighed_by_channel(grid):
                     total += cpe.conv.weight[:, 0, i - row + 1, j - column + 1] * tokens[:, i * columns + j]
             expected[:, row * columns + column] += total
     torch.testing.assert_close(cpe.mix_tokens(tokens, grid, 0), expected)
+
+
+@torch.no_grad()
+def test_is_timms_position_convolution():
+    cpe, timms = encoding(), PosConv(3, 3)
+    timms.load_state_dict({'proj.0.weight': cpe.conv.weight, 'proj.0.bias': cpe.conv.bias})
+    tokens = torch.randn(2, 63, 3)
+    torch.testing.assert_close(cpe.mix_tokens(tokens, (7, 9), 0), timms(tokens, (7, 9)))
 
 
 def test_later_blocks_are_left_alone():

@@ -1,6 +1,9 @@
 """Names and options of encodings."""
 
+import itertools
+
 import pytest
+import torch
 
 from timm_sape2.positions import ENCODINGS, Host, build_encodings, parse_position, valid_options
 
@@ -42,6 +45,22 @@ def test_an_encoding_is_built_where_its_hooks_are_called():
 def test_bad_names_and_options(position, position_args, message):
     with pytest.raises(ValueError, match=message):
         parse_position(position, position_args)
+
+
+@pytest.mark.parametrize(
+    'pair', itertools.combinations([name for name in ENCODINGS if name != 'nope'], 2), ids='+'.join
+)
+def test_any_two_encodings_go_together(tiny_vit, pair):
+    model, images = tiny_vit('+'.join(pair), reg_tokens=2, global_pool='avg'), torch.randn(2, 3, 56, 72)
+    model(images).square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    reversed_order = tiny_vit('+'.join(pair[::-1]), reg_tokens=2, global_pool='avg')
+    reversed_order.load_state_dict(model.state_dict())
+    torch.testing.assert_close(reversed_order(images), model(images))
+    for name in pair:
+        alone = tiny_vit(name, reg_tokens=2, global_pool='avg')
+        alone.load_state_dict({key: value for key, value in model.state_dict().items() if key in alone.state_dict()})
+        assert (alone(images) - model(images)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize('name', ENCODINGS)

@@ -65,6 +65,12 @@ class TestAnotherGrid:
         table = torch.randn(2, 13, 17)
         assert torch.equal(resample_table(table, (7, 9)), table)
 
+    def test_same_grid_keeps_the_parameter_that_an_optimizer_knows(self):
+        encoding = RelativeBias(HOST)
+        table = encoding.bias_table
+        encoding.set_grid((7, 9))
+        assert encoding.bias_table is table
+
     @pytest.mark.parametrize('grid', [(9, 7), (14, 14), (1, 5)])
     def test_on_the_fly_is_the_same_as_a_new_native_grid(self, grid):
         encoding, query = RelativeBias(HOST), torch.randn(1, 2, grid[0] * grid[1], 16)

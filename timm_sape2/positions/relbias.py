@@ -36,8 +36,8 @@ class RelativeBias(PositionEncoding):
 
     def __init__(self, host: Host, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        height, width = host.grid
-        heads, self.num_prefix_tokens = host.num_heads, host.num_prefix_tokens
+        (height, width), heads = host.grid, host.num_heads
+        self.num_prefix_tokens = host.num_prefix_tokens
         self.bias_table = nn.Parameter(torch.empty(heads, 2 * height - 1, 2 * width - 1, device=device, dtype=dtype))
         has_prefix = host.num_prefix_tokens > 0
         self.prefix_bias = nn.Parameter(torch.empty(3, heads, device=device, dtype=dtype)) if has_prefix else None
@@ -54,6 +54,8 @@ class RelativeBias(PositionEncoding):
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample the table to a new native grid."""
+        if self.bias_table.shape[1:] == (2 * grid[0] - 1, 2 * grid[1] - 1):
+            return
         with torch.no_grad():
             table = resample_table(self.bias_table, grid)
         self.bias_table = nn.Parameter(table, requires_grad=self.bias_table.requires_grad)
