@@ -7,6 +7,7 @@ import torch
 
 from timm_sape2.positions import ENCODINGS, Host, build_encodings, parse_position, valid_options
 
+PAIRS = list(itertools.combinations([name for name in ENCODINGS if name != 'nope'], 2))
 HOST = Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
 
 
@@ -47,9 +48,7 @@ def test_bad_names_and_options(position, position_args, message):
         parse_position(position, position_args)
 
 
-@pytest.mark.parametrize(
-    'pair', itertools.combinations([name for name in ENCODINGS if name != 'nope'], 2), ids='+'.join
-)
+@pytest.mark.parametrize('pair', PAIRS, ids='+'.join)
 def test_any_two_encodings_go_together(tiny_vit, pair):
     model, images = tiny_vit('+'.join(pair), reg_tokens=2, global_pool='avg'), torch.randn(2, 3, 56, 72)
     model(images).square().sum().backward()
