@@ -8,8 +8,8 @@ import torch
 from timm.utils import NativeScaler, init_distributed_device
 
 
-def set_up_device(args: argparse.Namespace) -> torch.device:
-    """Join the processes of a distributed run and return the device of this one; `args` gets rank and world size.
+def check_device(args: argparse.Namespace) -> None:
+    """Choose the device of `args` if none is named.
 
     Raises:
         ValueError: If there is no such device, or it cannot do the mixed precision asked for.
@@ -22,7 +22,16 @@ def set_up_device(args: argparse.Namespace) -> torch.device:
         raise ValueError(f'no --device {args.device}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs')
     if kind == 'cpu' and args.amp and args.amp_dtype == 'float16':
         raise ValueError('--amp-dtype float16 needs a GPU: use bfloat16 on the CPU')
-    if kind == 'cuda':
+
+
+def set_up_device(args: argparse.Namespace) -> torch.device:
+    """Join the processes of a distributed run and return the device of this one; `args` gets rank and world size.
+
+    Raises:
+        ValueError: If there is no such device, or it cannot do the mixed precision asked for.
+    """
+    check_device(args)
+    if args.device.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return init_distributed_device(args)
