@@ -3,5 +3,6 @@
 from .list_models import add_list
 from .run import add_run
 from .study import add_study
+from .visualize import add_visualize
 
-COMMANDS = (add_list, add_run, add_study)
+COMMANDS = (add_list, add_run, add_study, add_visualize)

@@ -8,14 +8,16 @@ from ..studies import STUDIES, Study
 from ..studies.runner import run_study
 from ..training.processes import set_up_logging
 from .parser import Commands
+from .visualize import add_visualize
 
 FLAGS = """
 All other flags are those of train.py, for data, model, recipe and device
 (`python train.py --help`)."""
 RESUME = """\
 The results are results.md, results.csv, plots and run.json in the folder of
-the study. Run the same command again to go on where it was stopped. torchrun
-lets several processes share the work:
+the study. Run the same command again to go on where it was stopped."""
+SHARE = """
+torchrun lets several processes share the work:
   torchrun --nproc_per_node=4 -m timm_sape2 study NAME ..."""
 
 
@@ -33,6 +35,7 @@ examples:
     studies = parser.add_subparsers(title='studies', metavar='NAME', required=True)
     for study in STUDIES.values():
         add_one(studies, study)
+    add_visualize(studies)
 
 
 def add_one(studies: Commands, study: type[Study]) -> None:
@@ -41,7 +44,7 @@ def add_one(studies: Commands, study: type[Study]) -> None:
         study.name,
         help=study.summary,
         description=study.description + (FLAGS if study.takes_flags else ''),
-        epilog=f'examples:\n{study.examples}\n\n{RESUME}',
+        epilog=f'examples:\n{study.examples}\n\n{RESUME}' + ('' if study.one_process else SHARE),
     )
     study.add_arguments(parser)
     add = parser.add_argument_group('folder').add_argument

@@ -186,17 +186,18 @@ without element-wise work, gathers and the distances of SaPE2.
 
     def plots(self, rows: list[Row]) -> 'dict[str, Figure]':
         figure = new_figure(11, 7)
-        groups = grouped(rows, 'setting', 'batch_size')
-        for axes, column in zip(figure.subplots(2, 2, sharex=True).flat, list(RATIOS)[2:], strict=True):
-            for i, ((encoding,), of_encoding) in enumerate(grouped(rows, 'encoding').items()):
-                places = [list(groups).index((row['setting'], row['batch_size'])) for row in of_encoding]
-                style = (
-                    {'color': 'black', 'linestyle': ':'} if encoding == BASELINE else {'color': f'C{i}', 'marker': '.'}
-                )
-                axes.plot(places, [row[column] for row in of_encoding], label=encoding, **style)
-            axes.set(title=f'{RATIOS[column]} ({BASELINE} = 1)', ylabel='ratio')
+        groups = list(grouped(rows, 'setting', 'batch_size'))
+        encodings = grouped((row for row in rows if row['encoding'] != BASELINE), 'encoding')
+        width = 0.8 / max(1, len(encodings))
+        for axes, column in zip(figure.subplots(2, 2).flat, list(RATIOS)[2:], strict=True):
+            axes.axhline(1, color='black', linestyle=':', label=BASELINE)
+            for i, ((encoding,), of_encoding) in enumerate(encodings.items()):
+                shift = (i - (len(encodings) - 1) / 2) * width
+                places = [groups.index((row['setting'], row['batch_size'])) + shift for row in of_encoding]
+                axes.bar(places, [row[column] for row in of_encoding], width * 0.9, color=f'C{i % 10}', label=encoding)
+            axes.set(title=f'{RATIOS[column]}, {BASELINE} = 1')
             axes.set_xticks(range(len(groups)), [f'{setting}\nbatch {batch_size}' for setting, batch_size in groups])
-            axes.grid(alpha=0.3)
+            axes.grid(axis='y', alpha=0.3)
         figure.supxlabel('image/patch in pixels')
         figure.legend(*axes.get_legend_handles_labels(), loc='outside right center')
         return {'ratios': figure}

@@ -1,0 +1,203 @@
+"""Pictures of attention biases: which patches does a patch prefer, by position alone?"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..positions import ENCODINGS
+from ..vit import PositionVisionTransformer
+from .attention_inputs import record_attention_inputs
+from .report import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+Grid = tuple[int, int]
+Patch = tuple[int, int]
+
+DPI = 120
+SIDE = 3.6  # inches of a panel
+QUERY_COLOR = 'deepskyblue'
+
+
+class BiasMap(NamedTuple):
+    """The bias of one attention head, or the mean of several, for one image."""
+
+    title: str
+    image: np.ndarray
+    """The image as the model sees it, (height, width, 3), from 0 to 1."""
+
+    bias: np.ndarray
+    """From every query patch (row, column) to every key patch, (H, W, H, W)."""
+
+
+def blocks_with_bias(model: torch.nn.Module) -> list[int]:
+    """Return the indices of the blocks whose attention has a position bias.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(model, PositionVisionTransformer):
+        attentions: list[Any] = [block.attn for block in model.blocks]
+        blocks = [block for block, attention in enumerate(attentions) if attention.has_bias]
+        if blocks:
+            return blocks
+        problem = f'position={model.position_name!r} has no attention bias'
+    else:
+        problem = 'the model has no exchangeable position encoding'
+    names = ', '.join(name for name, encoding in ENCODINGS.items() if encoding.overrides('attention_bias'))
+    raise ValueError(f'{problem}; encodings with one: {names}')
+
+
+def trained_blocks(model: PositionVisionTransformer) -> list[int]:
+    """Return the blocks with a bias that reaches the output, and so is trained.
+
+    With class-token pooling nothing reads the patches after the last block, so a bias between patches has no effect
+    there.
+    """
+    blocks = blocks_with_bias(model)
+    last = len(model.blocks) - 1
+    attention: Any = model.blocks[last].attn
+    reaches_prefix_tokens = any(encoding.bias_has_prefix_tokens for encoding in attention.position.values())
+    if model.global_pool == 'token' and not reaches_prefix_tokens and len(blocks) > 1:
+        return [block for block in blocks if block != last]
+    return blocks
+
+
+@torch.inference_mode()
+def attention_biases(
+    model: PositionVisionTransformer,
+    images: Tensor,
+    blocks: Collection[int] | None = None,
+) -> dict[int, Tensor]:
+    """Compute the position bias between all patches, the sum of all encodings.
+
+    Args:
+        model: A model with a position bias.
+        images: Images, (B, C, height, width).
+        blocks: Indices of blocks that have one, None for all of them.
+
+    Returns:
+        Bias by block, (B, h, H, W, H, W): from the query patch at (row, column) to the key patch at (row, column).
+
+    Raises:
+        ValueError: If the model has no bias, or one that is not finite.
+    """
+    biases = {}
+    wanted = blocks_with_bias(model) if blocks is None else blocks
+    for block, inputs in record_attention_inputs(model, images, wanted).items():
+        attention: Any = model.blocks[block].attn
+        bias = attention.position_bias(*inputs)
+        batch, heads, length, _ = inputs.query.shape
+        prefix = model.num_prefix_tokens
+        patches = bias.expand(batch, heads, length, length)[:, :, prefix:, prefix:]
+        if not patches.isfinite().all():
+            raise ValueError(f'the bias of block {block} is not finite: are the weights those of this model?')
+        biases[block] = patches.unflatten(3, inputs.grid).unflatten(2, inputs.grid).float()
+    return biases
+
+
+def draw_bias_maps(maps: Sequence[BiasMap], patches: Sequence[Patch] = ()) -> 'Figure':
+    """Draw bias maps, a line for each: the image, the maps of all query patches, and some of them enlarged.
+
+    The map of a query patch stands at the place that the patch has in the image. One colour scale with white for 0 is
+    shared by the whole picture.
+
+    Args:
+        maps: What to draw, on grids of any size.
+        patches: Query patches (row, column) to enlarge.
+    """
+    side, overview = panel_sizes(maps[0].bias.shape[:2])
+    widths = [side, overview, *[side] * len(patches)]
+    height = (max(side, overview) + 0.9) * len(maps)
+    if height * DPI >= 2**16:  # matplotlib draws no larger picture
+        raise ValueError(f'{len(maps)} lines of maps do not fit into one picture: choose fewer images, blocks or heads')
+    figure = new_figure(sum(widths) + 0.6 * len(widths) + 1.2, height)
+    color = color_scale(maps)
+    all_axes = figure.subplots(len(maps), len(widths), squeeze=False, width_ratios=widths)
+    for axes, bias_map in zip(all_axes, maps, strict=True):
+        draw_image(axes[0], bias_map, patches)
+        drawn = draw_overview(axes[1], bias_map, color)
+        for detail, patch in zip(axes[2:], patches, strict=True):
+            draw_detail(detail, bias_map, patch, color)
+    bar = figure.colorbar(drawn, ax=all_axes, fraction=0.03, aspect=30, pad=0.01)
+    bar.set_label('attention bias (added to the logit before softmax; white = 0)')
+    return figure
+
+
+def panel_sizes(grid: Grid) -> tuple[float, float]:
+    """Return the inches of a panel, and of the one of small maps, which needs two pixels for each of its cells."""
+    cells = max(side * (side + 1) for side in grid)
+    return SIDE, min(max(SIDE * 1.25, 2 * cells / DPI), 24.0)
+
+
+def color_scale(maps: Sequence[BiasMap]) -> dict[str, Any]:
+    """Return the colours of all maps: white for 0, blue below if there is anything below, red above."""
+    lowest = min(float(bias_map.bias.min()) for bias_map in maps)
+    largest = max(float(np.abs(bias_map.bias).max()) for bias_map in maps) or 1.0
+    if lowest < 0:
+        return {'cmap': 'seismic', 'vmin': -largest, 'vmax': largest}
+    return {'cmap': 'gist_heat_r', 'vmin': 0.0, 'vmax': largest}
+
+
+def draw_image(axes: 'Axes', bias_map: BiasMap, patches: Sequence[Patch]) -> None:
+    """Draw the image with lines between its patches, and frames around some of them."""
+    rows, columns = bias_map.bias.shape[:2]
+    axes.imshow(bias_map.image, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5), interpolation='nearest')
+    axes.vlines(np.arange(1, columns) - 0.5, -0.5, rows - 0.5, color='white', linewidth=0.4)
+    axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color='white', linewidth=0.4)
+    for patch in patches:
+        frame_patch(axes, patch)
+    label_patches(axes, (rows, columns))
+    axes.set(title=bias_map.title, xlabel='column', ylabel='row')
+
+
+def draw_overview(axes: 'Axes', bias_map: BiasMap, color: dict[str, Any]) -> 'AxesImage':
+    """Draw the small maps of all query patches, each at the place of its patch, and return them."""
+    rows, columns = bias_map.bias.shape[:2]
+    axes.set_facecolor('0.6')
+    drawn = axes.imshow(mosaic(bias_map.bias), interpolation='nearest', **color)
+    label_patches(axes, (rows, columns), tile=(rows, columns), gap=1)
+    axes.set(title='every query patch', xlabel='column of the query patch', ylabel='row of the query patch')
+    return drawn
+
+
+def mosaic(bias: np.ndarray) -> np.ndarray:
+    """Put the maps of all query patches, (H, W, H, W), side by side with a line of NaN between them.
+
+    Returns:
+        Picture of the height H * (H + 1) - 1 and the width W * (W + 1) - 1.
+    """
+    rows, columns = bias.shape[:2]
+    tiles = np.pad(bias, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=np.nan)
+    return tiles.transpose(0, 2, 1, 3).reshape(rows * (rows + 1), columns * (columns + 1))[:-1, :-1]
+
+
+def draw_detail(axes: 'Axes', bias_map: BiasMap, patch: Patch, color: dict[str, Any]) -> None:
+    """Draw the map of one query patch, with a frame around the patch itself."""
+    axes.imshow(bias_map.bias[patch], interpolation='nearest', **color)
+    frame_patch(axes, patch)
+    label_patches(axes, bias_map.bias.shape[:2])
+    axes.set(title=f'query patch: row {patch[0]}, column {patch[1]}', xlabel='column', ylabel='row')
+
+
+def frame_patch(axes: 'Axes', patch: Patch) -> None:
+    """Draw a frame around a patch."""
+    from matplotlib.patches import Rectangle
+
+    row, column = patch
+    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=QUERY_COLOR, linewidth=2))
+
+
+def label_patches(axes: 'Axes', grid: Grid, tile: Grid = (1, 1), gap: int = 0) -> None:
+    """Number rows and columns of patches, a dozen of each at most; a patch is a tile of pixels, with gaps between."""
+    for axis, count, pixels in ((axes.yaxis, grid[0], tile[0]), (axes.xaxis, grid[1], tile[1])):
+        numbers = range(0, count, math.ceil(count / 12))
+        axis.set_ticks([number * (pixels + gap) + (pixels - 1) / 2 for number in numbers], list(map(str, numbers)))
+    axes.tick_params(length=0, labelsize=8)
