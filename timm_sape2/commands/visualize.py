@@ -160,7 +160,8 @@ def model_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
     trained = copy.deepcopy(args)
     args.model = arguments.model or args.model
     args.model_kwargs = {**args.model_kwargs, **arguments.model_kwargs}
-    if 'model' in run and position_of(args) != position_of(trained):
+    asked = arguments.model or arguments.model_kwargs
+    if asked and 'model' in run and position_of(args) != position_of(trained):
         name, options = position_of(trained)
         raise ValueError(f'{path} was trained with position={name!r} and position_args={options}, not with those given')
     return args

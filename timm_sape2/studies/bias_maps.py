@@ -23,6 +23,7 @@ Patch = tuple[int, int]
 
 DPI = 120
 SIDE = 3.6  # inches of a panel
+TITLE_WIDTH = 2.8
 QUERY_COLOR = 'deepskyblue'
 
 
@@ -113,12 +114,15 @@ def draw_bias_maps(maps: Sequence[BiasMap], patches: Sequence[Patch] = ()) -> 'F
         maps: What to draw, on grids of any size.
         patches: Query patches (row, column) to enlarge.
     """
-    side, overview = panel_sizes(maps[0].bias.shape[:2])
-    widths = [side, overview, *[side] * len(patches)]
-    height = (max(side, overview) + 0.9) * len(maps)
+    rows, columns = maps[0].bias.shape[:2]
+    side, overview = panel_sides((rows, columns))
+    flat, narrow = rows / max(rows, columns), columns / max(rows, columns)
+    widths = [max(inches * narrow, TITLE_WIDTH) for inches in (side, overview, *[side] * len(patches))]
+    height = max((overview * flat + 1) * len(maps), 3)
     if height * DPI >= 2**16:  # matplotlib draws no larger picture
         raise ValueError(f'{len(maps)} lines of maps do not fit into one picture: choose fewer images, blocks or heads')
     figure = new_figure(sum(widths) + 0.6 * len(widths) + 1.2, height)
+    figure.set_layout_engine('constrained', h_pad=0.1)
     color = color_scale(maps)
     all_axes = figure.subplots(len(maps), len(widths), squeeze=False, width_ratios=widths)
     for axes, bias_map in zip(all_axes, maps, strict=True):
@@ -127,14 +131,17 @@ def draw_bias_maps(maps: Sequence[BiasMap], patches: Sequence[Patch] = ()) -> 'F
         for detail, patch in zip(axes[2:], patches, strict=True):
             draw_detail(detail, bias_map, patch, color)
     bar = figure.colorbar(drawn, ax=all_axes, fraction=0.03, aspect=30, pad=0.01)
-    bar.set_label('attention bias (added to the logit before softmax; white = 0)')
+    bar.set_label('attention bias (white = 0)')
     return figure
 
 
-def panel_sizes(grid: Grid) -> tuple[float, float]:
-    """Return the inches of a panel, and of the one of small maps, which needs two pixels for each of its cells."""
-    cells = max(side * (side + 1) for side in grid)
-    return SIDE, min(max(SIDE * 1.25, 2 * cells / DPI), 24.0)
+def panel_sides(grid: Grid) -> tuple[float, float]:
+    """Return the longer side, in inches, of a panel and of the one with small maps.
+
+    The latter grows so that each cell of a small map has two pixels, as far as a picture can reasonably be large.
+    """
+    side = max(grid)
+    return SIDE, min(max(1.25 * SIDE, 2 * side * (side + 1) / DPI), 24.0)
 
 
 def color_scale(maps: Sequence[BiasMap]) -> dict[str, Any]:
