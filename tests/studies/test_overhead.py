@@ -1,0 +1,172 @@
+"""What an encoding costs: the sums are right, and a wrong model stops the study."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+
+from timm_sape2.__main__ import main
+from timm_sape2.positions.sape2 import SaPE2
+from timm_sape2.studies import overhead
+from timm_sape2.studies.overhead import count_flops, default_batch_size, image_and_patch
+
+QUICK = ('--model', 'test_vit_sape2', '--settings', '32/8', '24/8', '--rounds', '2', '--device', 'cpu')
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """Function that runs the study on tiny models with turns of one call, and returns its folder."""
+    monkeypatch.setattr('timm_sape2.studies.measure.TURN', 1e-6)
+
+    def run(*flags):
+        main(['study', 'overhead', *QUICK, '--output', str(tmp_path), *flags])
+        return tmp_path / 'overhead'
+
+    return run
+
+
+def refusal(capsys, *flags):
+    """Return the message of a study that is refused."""
+    with pytest.raises(SystemExit) as leaving:
+        main(['study', 'overhead', *flags])
+    assert leaving.value.code == 2
+    return capsys.readouterr().err.removeprefix('timm-sape2: error: ').rstrip('\n')
+
+
+def table(folder):
+    with open(folder / 'results.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study(study):
+    """Two settings, three encodings: SaPE2 adds 3 blocks * 2 tables * 10 positions * 32 channels."""
+    folder = study('--encodings', 'sape2', 'learned+sape2', '--batch-size', '4', '2')
+    rows = table(folder)
+    assert [(row['setting'], row['batch_size'], row['encoding']) for row in rows] == [
+        (setting, size, encoding)
+        for setting, size in (('32/8', '4'), ('24/8', '2'))
+        for encoding in ('nope', 'sape2', 'learned+sape2')
+    ]
+    baseline, sape2, both = rows[:3]
+    assert int(sape2['parameters']) - int(baseline['parameters']) == 3 * 2 * 10 * 32
+    assert int(both['parameters']) - int(sape2['parameters']) == (16 + 1) * 64
+    assert float(sape2['parameters_ratio']) == int(sape2['parameters']) / int(baseline['parameters'])
+    for row in rows:
+        for phase in ('inference', 'training'):
+            assert float(row[f'{phase}_images_per_second']) > 0
+            quartiles = [float(row[f'{phase}_time_ratio{end}']) for end in ('_q1', '', '_q3')]
+            assert quartiles == sorted(quartiles)
+            if row['encoding'] == 'nope':
+                assert {*quartiles, float(row[f'{phase}_peak_bytes_ratio'])} == {1.0}
+        assert int(row['training_peak_bytes']) > int(row['inference_peak_bytes']) > 0
+    assert float(sape2['training_peak_bytes_ratio']) > 1.1, 'gates and positions are kept for backward'
+    text = (folder / 'results.md').read_text()
+    assert '## 32/8, batches of 4' in text and '## 24/8, batches of 2' in text and '![ratios](ratios.png)' in text
+    assert (folder / 'ratios.png').stat().st_size > 10_000
+
+
+def test_memory_is_the_same_every_time(study):
+    first, second = (study('--encodings', 'sape2', '--experiment', name).parent / name for name in ('one', 'two'))
+    bytes_of = [[row[f'{phase}_peak_bytes'] for phase in ('inference', 'training')] for row in table(first)]
+    assert bytes_of == [[row[f'{phase}_peak_bytes'] for phase in ('inference', 'training')] for row in table(second)]
+
+
+def test_flops_by_hand():
+    """16 patches and a class token, 64 channels, three blocks, 1,000 classes; two operations a multiply-accumulate.
+
+    SaPE2 adds, for each block and each of rows and columns: gates, 2 heads * 4 lines * 4 * 4 pairs * 32 channels, and
+    scores, 2 heads * 16 queries * 10 positions * 32 channels.
+    """
+    patch_embedding, classifier = 16 * 3 * 8 * 8 * 64, 64 * 1000
+    block = 17 * 64 * (3 * 64 + 64 + 2 * 256) + 2 * 17 * 17 * 64
+    plain = 2 * (patch_embedding + 3 * block + classifier)
+    assert count_flops('test_vit_sape2', 'nope', '32/8') == plain
+    gates, scores = 2 * 4 * 4 * 4 * 32, 2 * 16 * 10 * 32
+    assert count_flops('test_vit_sape2', 'sape2', '32/8') == plain + 2 * 3 * 2 * (gates + scores)
+
+
+def test_amp(study):
+    assert 'bfloat16 mixed precision' in (study('--amp', '--encodings', 'sape2') / 'results.md').read_text()
+
+
+def test_a_wrong_bias_stops_the_study_without_a_figure(monkeypatch, study, tmp_path):
+    attention_bias = SaPE2.attention_bias
+    monkeypatch.setattr(SaPE2, 'attention_bias', lambda self, *inputs: 1.01 * attention_bias(self, *inputs))
+    with pytest.raises(RuntimeError, match='the bias of SaPE2 differs from the reference'):
+        study('--encodings', 'sape2')
+    assert not list(tmp_path.rglob('*.csv')) and not list(tmp_path.rglob('units/*'))
+
+
+def test_wrong_logits_stop_the_study_without_a_figure(monkeypatch, study, tmp_path):
+    create = timm.create_model
+
+    def broken(*args, **kwargs):
+        model = create(*args, **kwargs)
+        if kwargs['position'] == 'learned':
+            torch.nn.init.constant_(model.head.bias, torch.nan)
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', broken)
+    with pytest.raises(RuntimeError, match='learned: logits are not finite'):
+        study('--encodings', 'sape2', 'learned')
+    assert not list(tmp_path.rglob('*.csv'))
+
+
+def test_a_gpu_that_is_too_small(monkeypatch, study, capsys):
+    def measure(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(overhead.Overhead, 'measure', measure)
+    with pytest.raises(SystemExit):
+        study('--batch-size', '64')
+    assert '32/8 with batches of 64 is too large for cpu: lower --batch-size' in capsys.readouterr().err
+
+
+def test_a_folder_of_other_encodings_is_refused(study, capsys):
+    folder = study('--encodings', 'learned')
+    before = (folder / 'results.csv').read_bytes()
+    with pytest.raises(SystemExit):
+        study('--encodings', 'sape2')
+    assert "encodings=['nope', 'learned'] instead of ['nope', 'sape2']" in capsys.readouterr().err
+    assert (folder / 'results.csv').read_bytes() == before
+    assert json.loads((folder / 'run.json').read_text())['configuration']['device'] == 'cpu'
+
+
+@pytest.mark.parametrize(
+    ('setting', 'device', 'expected'),
+    [('32/4', 'cpu', 16), ('224/16', 'cpu', 4), ('512/16', 'cpu', 1), ('1024/16', 'cpu', 1), ('224/16', 'cuda:1', 64)],
+)
+def test_default_batch_sizes(setting, device, expected):
+    """1,024 patches on a CPU, 16,384 on a GPU, the largest power of two of images with no more."""
+    assert default_batch_size(setting, device) == expected
+
+
+def test_settings():
+    assert image_and_patch('224/16') == (224, 16)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--settings 224', "--settings takes IMAGE/PATCH in pixels such as 224/16, not '224'"),
+        ('--settings 32/0', "--settings takes IMAGE/PATCH in pixels such as 224/16, not '32/0'"),
+        ('--settings 32/-4', "--settings takes IMAGE/PATCH in pixels such as 224/16, not '32/-4'"),
+        ('--settings 32/4/2', "--settings takes IMAGE/PATCH in pixels such as 224/16, not '32/4/2'"),
+        ('--settings 32/4 30/4', '--settings 30/4: patches of 4 do not divide images of 30'),
+        ('--settings 32/4 32/4', 'listed twice: 32-4_16'),
+        ('--settings 32/4 64/4 --batch-size 1 2 3', '--batch-size takes 1 number or 2, one for each of --settings'),
+        ('--batch-size 0', "argument --batch-size: must be a whole number above 0, not '0'"),
+        ('--rounds 0', "argument --rounds: must be a whole number above 0, not '0'"),
+        ('--encodings sape3', "Unknown position encoding 'sape3' in position='sape3'"),
+        ('--model vit_nowhere', 'cannot create vit_nowhere with nope at 32/8: Unknown model (vit_nowhere)'),
+        ('--model test_resnet', 'cannot create test_resnet with nope at 32/8: '),
+        ('--device tpu', '--device must be cpu, cuda or cuda:N, not tpu'),
+        ('--device cuda:99', 'no --device cuda:99: '),
+        ('--lr 1', 'unrecognized arguments: --lr 1'),
+    ],
+)
+def test_bad_input(capsys, tmp_path, flags, message):
+    assert refusal(capsys, *QUICK, '--output', str(tmp_path), *flags.split()).startswith(message)
+    assert not list(tmp_path.iterdir())
