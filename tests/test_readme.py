@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+from timm_sape2 import __main__ as command_line
 from timm_sape2.__main__ import main
 from timm_sape2.positions import ENCODINGS, valid_options
 from timm_sape2.training.arguments import build_parser
@@ -72,6 +73,14 @@ def test_flags_of_train_commands():
     assert commands
     for command in commands:
         build_parser().parse_args(shlex.split(command))
+
+
+def test_commands_are_those_of_the_command_line():
+    commands = re.findall(r'^timm-sape2 ([^#\n]+)', '\n'.join(blocks('bash')), flags=re.MULTILINE)
+    assert {command.split()[0] for command in commands} >= {'list', 'run', 'study', 'visualize'}
+    for command in commands:
+        arguments, flags = command_line.build_parser().parse_known_args(shlex.split(command))
+        assert arguments.takes_flags or not flags, command
 
 
 def test_links_lead_somewhere():
