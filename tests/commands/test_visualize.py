@@ -1,0 +1,225 @@
+"""`timm-sape2 visualize` draws the model, the images and the patches that were asked for."""
+
+import argparse
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from timm_sape2.__main__ import main
+from timm_sape2.commands import visualize
+from timm_sape2.studies.bias_maps import attention_biases, draw_bias_maps
+
+MODEL = 'vit_compact_pos_sape2_patch4_32'
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """An image of noise, 32 pixels high and wide."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'photo.png')
+    return tmp_path / 'photo.png'
+
+
+@pytest.fixture
+def trained():
+    """A model whose biases are not small."""
+    model = timm.create_model(MODEL, position='learned+sape2', depth=3).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if 'position.' in name or 'qkv.weight' in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture
+def run_folder(tmp_path, trained):
+    """The folder of a run of train.py."""
+    kwargs = {'position': 'learned+sape2', 'depth': 3}
+    args = argparse.Namespace(
+        model=MODEL,
+        model_kwargs=kwargs,
+        num_classes=10,
+        in_chans=None,
+        img_size=None,
+        input_size=(3, 32, 32),
+        mean=[0.5],
+    )
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    torch.save({'state_dict': trained.state_dict(), 'args': args}, folder / 'last.pth.tar')
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What was drawn: lists of maps and of enlarged patches."""
+    calls = []
+
+    def draw(maps, patches):
+        calls.append((maps, patches))
+        return draw_bias_maps(maps, patches)
+
+    monkeypatch.setattr(visualize, 'draw_bias_maps', draw)
+    return calls
+
+
+def refusal(capsys, *flags):
+    """Return the message of a command that is refused."""
+    with pytest.raises(SystemExit) as leaving:
+        main(['visualize', *map(str, flags)])
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    return error.removeprefix('timm-sape2: error: ')
+
+
+def test_a_run_of_train(photo, run_folder, trained, drawn, tmp_path):
+    """Model, arguments and preparation of images come from the checkpoint; the block is the last that is trained."""
+    output = tmp_path / 'new' / 'maps.png'
+    flags = [str(photo), '--checkpoint', str(run_folder), '--patch', '2', '5', '--patch', '7', '0']
+    main(['visualize', *flags, '--output', str(output)])
+    assert Image.open(output).format == 'PNG'
+    assert [path.name for path in output.parent.iterdir()] == ['maps.png']
+
+    (((bias_map,), patches),) = drawn
+    assert patches == [(2, 5), (7, 0)]
+    assert bias_map.title.splitlines()[1] == 'block 1, mean of 4 heads'
+    pixels = np.asarray(Image.open(photo)) / 255
+    np.testing.assert_allclose(bias_map.image, pixels, atol=1e-6)
+    std = trained.pretrained_cfg['std']
+    images = torch.tensor((pixels - 0.5) / std, dtype=torch.float32).permute(2, 0, 1).unsqueeze(0)
+    expected = attention_biases(trained, images)[1][0].mean(0)
+    np.testing.assert_allclose(bias_map.bias, expected, atol=1e-4)
+
+
+def test_it_is_a_study_too(photo, run_folder, drawn, tmp_path):
+    main(['study', 'visualize', str(photo), '--checkpoint', str(run_folder), '--output', str(tmp_path / 'maps.png')])
+    assert len(drawn) == 1
+
+
+def test_images_blocks_and_heads_are_lines(photo, run_folder, drawn, tmp_path):
+    other = tmp_path / 'other.png'
+    Image.new('L', (20, 50)).save(other)
+    flags = ['--checkpoint', str(run_folder), '--block', '0', '1', '--head', 'mean', '3']
+    main(['visualize', str(photo), str(other), *flags, '--output', str(tmp_path / 'maps.png')])
+    ((maps, _),) = drawn
+    assert [bias_map.title.split('/')[-1] for bias_map in maps] == [
+        f'{name}.png\nblock {block}, {head}'
+        for name in ('photo', 'other')
+        for block in (0, 1)
+        for head in ('mean of 4 heads', 'head 3')
+    ]
+
+
+def test_all_heads(photo, run_folder, drawn, tmp_path):
+    flags = ['--checkpoint', str(run_folder), '--head', 'all', '--output', str(tmp_path / 'maps.png')]
+    main(['visualize', str(photo), *flags])
+    assert [bias_map.title.split(', ')[-1] for bias_map in drawn[0][0]] == ['head 0', 'head 1', 'head 2', 'head 3']
+
+
+def test_weights_alone_at_another_size(photo, trained, drawn, tmp_path):
+    """A file that says nothing of its model; SaPE2 goes to a grid of 7x9."""
+    save_file(trained.state_dict(), tmp_path / 'weights.safetensors')
+    flags = ['--model', MODEL, '--model-kwargs', 'position=learned+sape2', 'depth=3', '--img-size', '28', '36']
+    weights = ['--checkpoint', str(tmp_path / 'weights.safetensors')]
+    main(['visualize', str(photo), *flags, *weights, '--patch', '6', '8', '--output', str(tmp_path / 'maps.png')])
+    assert drawn[0][0][0].bias.shape == (7, 9, 7, 9)
+    assert drawn[0][0][0].image.shape == (28, 36, 3)
+
+
+def test_gray_images(photo, drawn, tmp_path):
+    flags = ['--model', MODEL, '--model-kwargs', 'in_chans=1', '--output', str(tmp_path / 'maps.png')]
+    main(['visualize', str(photo), *flags])
+    image = drawn[0][0][0].image
+    assert image.shape == (32, 32, 3) and (image[..., 0] == image[..., 2]).all()
+
+
+def test_warnings(photo, run_folder, tmp_path, caplog):
+    """Untrained weights, and a block whose bias was never trained."""
+    output = ['--output', str(tmp_path / 'maps.png')]
+    main(['visualize', str(photo), '--model', MODEL, *output])
+    assert 'The model is untrained, so the maps mean nothing' in caplog.text
+    caplog.clear()
+    main(['visualize', str(photo), '--checkpoint', str(run_folder), *output])
+    assert 'WARNING' not in caplog.text
+    main(['visualize', str(photo), '--checkpoint', str(run_folder), '--block', '2', *output])
+    assert 'The bias of block 2 was not trained' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--block 3', 'no bias in --block 3: there is one in the blocks 0 to 2'),
+        ('--head 4', "no --head 4: heads go from 0 to 3, or 'all', or their 'mean'"),
+        ('--head 1 median', "no --head median: heads go from 0 to 3, or 'all', or their 'mean'"),
+        ('--patch 8 0', 'no --patch 8 0: rows go from 0 to 7, columns from 0 to 7'),
+        ('--patch 0 8', 'no --patch 0 8: rows go from 0 to 7, columns from 0 to 7'),
+        ('--patch -1 0', "argument --patch: must be a whole number, 0 or more, not '-1'"),
+        ('--img-size 30', f'cannot create {MODEL} with '),
+        ('--img-size 8 8 8', 'argument --img-size: takes a side, or a height and a width, not 3 numbers'),
+        ('--model-kwargs depth', "argument --model-kwargs: must be KEY=VALUE, not 'depth'"),
+        ('--output maps.pdf', '--output must end in .png, not maps.pdf'),
+        (
+            '--model-kwargs position=learned',
+            "{run}/last.pth.tar was trained with position='learned+sape2' and position_args={}, not with those given",
+        ),
+        (
+            """--model-kwargs position_args={'sape2':{'target':'q'}}""",
+            "{run}/last.pth.tar was trained with position='learned+sape2' and position_args={}, not with those given",
+        ),
+    ],
+)
+def test_bad_input(photo, run_folder, tmp_path, capsys, flags, message):
+    output = tmp_path / 'maps.png'
+    error = refusal(capsys, photo, '--checkpoint', run_folder, '--output', output, *flags.split())
+    assert error.startswith(message.replace('{run}', str(run_folder)))
+    assert not output.exists()
+
+
+def test_bad_files(photo, run_folder, tmp_path, capsys):
+    text, cut, empty = (tmp_path / name for name in ('text.png', 'cut.png', 'empty'))
+    text.write_text('no picture')
+    cut.write_bytes(photo.read_bytes()[:-600])
+    empty.mkdir()
+    missing = tmp_path / 'missing.png'
+    assert refusal(capsys, '--model', MODEL) == 'the following arguments are required: IMAGE'
+    assert refusal(capsys, missing, '--model', MODEL) == f'no image {missing}'
+    assert refusal(capsys, empty, '--model', MODEL) == f'no image {empty}'
+    assert refusal(capsys, text, '--model', MODEL) == f'{text} is truncated or no image'
+    assert refusal(capsys, cut, '--model', MODEL) == f'{cut} is truncated or no image'
+    assert refusal(capsys, photo, '--checkpoint', empty) == f'no checkpoint {empty / "last.pth.tar"}'
+    assert refusal(capsys, photo, '--checkpoint', missing) == f'no checkpoint {missing}'
+    assert refusal(capsys, photo, '--checkpoint', text) == f'{text} is truncated or no checkpoint'
+    error = refusal(capsys, photo, '--model', MODEL, '--output', text / 'maps.png')
+    assert error.startswith(f'cannot write to the output folder {text}')
+
+
+def test_bad_models(photo, run_folder, tmp_path, capsys):
+    assert refusal(capsys, photo) == 'which model? Give --model NAME, or a --checkpoint of train.py'
+    weights = tmp_path / 'weights.pth'
+    torch.save(timm.create_model('vit_compact_pos_learned_patch4_32').state_dict(), weights)
+    assert refusal(capsys, photo, '--checkpoint', weights).startswith('which model? Give --model NAME')
+    error = refusal(capsys, photo, '--checkpoint', weights, '--model', MODEL)
+    assert error.startswith(f'cannot create {MODEL} with these arguments: The checkpoint does not fit')
+    error = refusal(capsys, photo, '--checkpoint', weights, '--model', 'vit_compact_pos_learned_patch4_32')
+    assert error.startswith("position='learned' has no attention bias; encodings with one: ")
+    assert 'sape2' in error
+    error = refusal(capsys, photo, '--model', 'test_resnet')
+    assert error.startswith('the model has no exchangeable position encoding; encodings with one: ')
+    assert refusal(capsys, photo, '--model', 'vit_nowhere').startswith('unknown --model vit_nowhere')
+
+
+def test_an_earlier_picture_survives_an_error(photo, run_folder, tmp_path, capsys):
+    output = tmp_path / 'maps.png'
+    output.write_bytes(b'earlier')
+    refusal(capsys, photo, '--checkpoint', run_folder, '--patch', 9, 9, '--output', output)
+    assert output.read_bytes() == b'earlier'
+
+
+def test_without_matplotlib(monkeypatch, photo, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    assert refusal(capsys, photo, '--model', MODEL) == "plots need matplotlib: pip install 'timm_sape2[studies]'"
