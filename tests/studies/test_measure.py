@@ -16,7 +16,7 @@ def test_turns():
     """Two warm-up calls each, one that says how often to call, then A B C A B C."""
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in 'ABC'}
-    seconds = seconds_in_turns(steps, rounds=2, device=CPU)
+    seconds = seconds_in_turns(steps, rounds=2, device=CPU, description='steps')
     assert calls[:7] == list('AABBCCA')
     turns = ''.join(calls[7:])
     repeats = len(turns) // 6
@@ -28,7 +28,7 @@ def test_turns():
 def test_seconds_are_those_of_one_call(monkeypatch):
     clock = iter([10.0, 10.5, 20.0, 21.0, 30.0, 34.0])
     monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
-    assert seconds_in_turns({'A': int, 'B': int}, rounds=1, device=CPU) == {'A': [1.0], 'B': [4.0]}
+    assert seconds_in_turns({'A': int, 'B': int}, rounds=1, device=CPU, description='steps') == {'A': [1.0], 'B': [4.0]}
     clock = iter([10.0, 18.0])
     assert measure.seconds_of(int, 4, CPU) == 2.0
 

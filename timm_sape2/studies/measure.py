@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,7 +27,7 @@ def seconds_in_turns(
     steps: Mapping[str, Step],
     rounds: int,
     device: torch.device,
-    description: str = '',
+    description: str,
 ) -> dict[str, list[float]]:
     """Time steps in turns, A B C A B C ..., so that a machine that slows down slows all of them.
 
@@ -37,17 +38,18 @@ def seconds_in_turns(
         steps: What to time, by name.
         rounds: Number of turns of every step.
         device: Where the steps compute; on a GPU a turn ends when the GPU is done.
-        description: What the progress bar says.
+        description: What the progress bars say.
 
     Returns:
         Seconds of one call, by name; a number for every round.
     """
-    for step in steps.values():
+    bar = partial(tqdm, position=1, leave=False, dynamic_ncols=True)
+    for step in bar(steps.values(), desc=f'{description}, warm-up'):
         for _ in range(WARM_UP):
             step()
     calls = math.ceil(TURN / max(seconds_of(next(iter(steps.values())), 1, device), TURN / 1000))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(rounds), desc=description, unit='round', position=1, leave=False, dynamic_ncols=True):
+    for _ in bar(range(rounds), desc=description, unit='round'):
         for name, step in steps.items():
             seconds[name].append(seconds_of(step, calls, device))
     return seconds

@@ -30,8 +30,8 @@ SETTINGS = ('32/4', '224/16', '384/16', '512/16')
 TOKENS = {'cpu': 1024, 'cuda': 16384}
 """Patch tokens that a batch has at most, unless `--batch-size` says else."""
 
-TOLERANCE = {False: 1e-3, True: 5e-2}
-"""Largest error of SaPE2's bias relative to its largest value, by whether bfloat16 is on."""
+TOLERANCE = {False: 5e-3, True: 5e-2}
+"""Largest error of SaPE2's bias relative to its largest value: in float32, which is TF32 on a GPU, and in bfloat16."""
 
 RATIOS = {
     'parameters_ratio': 'parameters',
