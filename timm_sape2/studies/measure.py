@@ -93,7 +93,10 @@ def peak_memory(step: Step, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, 'trace.json')
-        with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with (
+            silent_stderr(),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
+        ):
             step()
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_bytes())['traceEvents']
