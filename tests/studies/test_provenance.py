@@ -41,7 +41,7 @@ def test_no_commit_outside_of_a_checkout(tmp_path, monkeypatch):
 
 
 def test_hardware_of_a_cpu():
-    hardware = provenance.hardware(torch.device('cpu'))
+    hardware = provenance.hardware()
     assert hardware['threads'] == 1
     assert hardware['cores'] >= 1 and hardware['cpu']
     assert 'gpu' not in hardware

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_sape2.studies.report import bar_plot, grouped, markdown_table, mean_and_deviation, plus_minus
+from timm_sape2.studies.report import dot_plot, grouped, markdown_table, mean_and_deviation, plus_minus
 
 
 def test_markdown_table():
@@ -42,11 +42,13 @@ def test_mean_and_deviation_are_those_of_the_library(values):
 
 
 @pytest.mark.parametrize('values', [[50.0, 51.0], [50.0], [math.nan]])
-def test_bars_have_names_series_and_dots(tmp_path, values):
-    figure = bar_plot({'first': {'a': values, 'b': [40.0]}, 'second': {'a': values}}, 'top-1 in %')
-    figure.savefig(tmp_path / 'bars.png')
+def test_lines_have_names_and_series_colours(tmp_path, values):
+    figure = dot_plot({'first': {'a': values, 'b': [40.0]}, 'second': {'a': values}}, 'top-1 in %')
+    figure.savefig(tmp_path / 'dots.png')
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ['a', 'b']
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ['first', 'second']
     assert axes.get_xlabel() == 'top-1 in %'
-    assert len(axes.patches) == 3
+    assert sorted(len(line.get_xdata()) for line in axes.lines if line.get_marker() == '.') == sorted(
+        [len(values)] * 2 + [1]
+    )

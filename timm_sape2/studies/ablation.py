@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..positions import parse_position
 from ..training.arguments import whole_number
-from .report import bar_plot, grouped, markdown_table, plus_minus
+from .report import dot_plot, grouped, markdown_table, plus_minus
 from .study import Row, Study, Unit
 from .training_grid import check_model, configuration_of, last_epochs, parse_training_flags, train, units_of
 
@@ -107,5 +107,5 @@ order and shared initial weights are the same for one seed."""
 
     def plots(self, rows: list[Row]) -> 'dict[str, Figure]':
         last = last_epochs(rows, ('variant', 'seed'))
-        bars = {name: [row['top1'] for row in runs] for (name,), runs in grouped(last, 'variant').items()}
-        return {'accuracy': bar_plot({'top-1': bars}, 'top-1 in %')}
+        dots = {name: [row['top1'] for row in runs] for (name,), runs in grouped(last, 'variant').items()}
+        return {'accuracy': dot_plot({'top-1': dots}, 'top-1 in %')}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..positions import ENCODINGS, parse_position
 from ..training.arguments import whole_number
-from .report import bar_plot, grouped, markdown_table, new_figure, plus_minus
+from .report import dot_plot, grouped, markdown_table, new_figure, plus_minus
 from .study import Row, Study, Unit
 from .training_grid import check_model, configuration_of, last_epochs, parse_training_flags, train, units_of
 
@@ -102,13 +102,13 @@ comparisons changed it together with the encoding. Reported is the last epoch.""
 
     def plots(self, rows: list[Row]) -> 'dict[str, Figure]':
         last = last_epochs(rows, ('encoding', 'layer_scale', 'seed'))
-        bars = {
+        dots = {
             f'LayerScale {scale}': {
                 encoding: [row['top1'] for row in runs] for (encoding,), runs in grouped(of_scale, 'encoding').items()
             }
             for (scale,), of_scale in grouped(last, 'layer_scale').items()
         }
-        return {'accuracy': bar_plot(bars, 'top-1 in %'), 'curves': self.curves(rows)}
+        return {'accuracy': dot_plot(dots, 'top-1 in %'), 'curves': self.curves(rows)}
 
     @staticmethod
     def curves(rows: list[Row]) -> 'Figure':

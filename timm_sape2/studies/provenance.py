@@ -36,15 +36,15 @@ def commit() -> str | None:
     return f'{head} and local changes' if changed else head
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """Return what a process computes on."""
+def hardware() -> dict[str, Any]:
+    """Return what this process has computed on."""
     described: dict[str, Any] = {
         'cpu': _cpu(),
         'cores': os.cpu_count(),
         'threads': torch.get_num_threads(),
     }
-    if device.type == 'cuda':
-        properties = torch.cuda.get_device_properties(device)
+    if torch.cuda.is_initialized():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         described['gpu'] = properties.name
         described['gpu_memory_gib'] = round(properties.total_memory / 2**30, 1)
         described['cuda'] = torch.version.cuda

@@ -44,35 +44,28 @@ def new_figure(width: float = 8, height: float = 4) -> 'Figure':
     return Figure(figsize=(width, height), layout='constrained')
 
 
-def bar_plot(groups: Mapping[str, Mapping[str, Sequence[float]]], label: str) -> 'Figure':
-    """Draw horizontal bars of the mean of values, with their standard deviation and each value as a dot.
+def dot_plot(groups: Mapping[str, Mapping[str, Sequence[float]]], label: str) -> 'Figure':
+    """Draw values as dots in lines, with their mean as a stroke and their standard deviation.
 
     Args:
-        groups: Values by name of the bar, by series; every series is a colour.
+        groups: Values by name of the line, by series; every series is a colour.
         label: What the values are, with their unit.
     """
     names = list(dict.fromkeys(name for series in groups.values() for name in series))
     figure = new_figure(8, 1 + 0.32 * len(names) * len(groups) ** 0.5)
     axes = figure.subplots()
-    height = 0.8 / len(groups)
-    shown: list[float] = []
     for i, (series, values_by_name) in enumerate(groups.items()):
-        for name, values in values_by_name.items():
-            mean, deviation = mean_and_deviation(values)
-            y = names.index(name) + (i - (len(groups) - 1) / 2) * height
-            first = name == next(iter(values_by_name))
-            axes.barh(y, mean, height * 0.9, color=f'C{i}', alpha=0.6, label=series if first else None)
-            if not math.isnan(deviation):
-                axes.errorbar(mean, y, xerr=deviation, color='black', capsize=2, linewidth=1)
-            axes.plot(values, [y] * len(values), '.', color='black', markersize=4)
-            shown += [value for value in values if math.isfinite(value)]
+        shift = 0.8 * ((i + 0.5) / len(groups) - 0.5)
+        lines = [names.index(name) + shift for name in values_by_name]
+        means, deviations = zip(*map(mean_and_deviation, values_by_name.values()), strict=True)
+        style: dict[str, Any] = {'marker': '|', 'markersize': 14, 'capsize': 3, 'linestyle': 'none', 'color': f'C{i}'}
+        axes.errorbar(means, lines, xerr=[0 if math.isnan(d) else d for d in deviations], label=series, **style)
+        for line, values in zip(lines, values_by_name.values(), strict=True):
+            axes.plot(values, [line] * len(values), '.', color=f'C{i}', alpha=0.6)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    if shown:
-        margin = 0.15 * (max(shown) - min(shown)) or 1
-        axes.set_xlim(max(0, min(shown) - margin) if min(shown) >= 0 else None, max(shown) + margin)
-    axes.grid(axis='x', alpha=0.3)
+    axes.grid(alpha=0.3)
     if len(groups) > 1:
         axes.legend()
     return figure

@@ -20,6 +20,8 @@ from ..training.run_folder import atomic_write, check_writable
 from . import provenance
 from .study import Row, Study, Unit
 
+WORTH_A_REPORT = 60  # seconds of a unit after which the results so far are written, to be looked at
+
 _logger = logging.getLogger(__name__)
 
 
@@ -49,22 +51,25 @@ def run_study(study: Study, folder: Path, command: Sequence[str]) -> None:
         write_record(folder, record)
     mine = names if study.one_process else names[rank::world_size]
     bar = tqdm(mine, desc=study.name, unit='unit', position=rank, disable=rank > 0, dynamic_ncols=True)
-    for name in bar:
-        bar.set_postfix_str(name)
-        if unit_file(folder, name).exists():
-            continue
-        unit = study.units[names.index(name)]
-        start = time.perf_counter()
-        rows = study.run(unit, folder)
-        write_json(unit_file(folder, name), {'unit': unit, 'rows': rows, 'seconds': time.perf_counter() - start})
+    try:
+        for name in bar:
+            bar.set_postfix_str(name)
+            if unit_file(folder, name).exists():
+                continue
+            unit = study.units[names.index(name)]
+            start = time.perf_counter()
+            rows = study.run(unit, folder)
+            seconds = time.perf_counter() - start
+            write_json(unit_file(folder, name), {'unit': unit, 'rows': rows, 'seconds': seconds})
+            if rank == 0 and seconds > WORTH_A_REPORT:
+                write_results(study, folder, record)
+        while rank == 0 and not all(unit_file(folder, name).exists() for name in names):
+            time.sleep(0.5)
+    finally:
         if rank == 0:
             write_results(study, folder, record)
-    if rank > 0:
-        return
-    while not all(unit_file(folder, name).exists() for name in names):
-        time.sleep(0.5)
-    write_results(study, folder, record)
-    _logger.info(f'The results are in {folder / "results.md"}')
+    if rank == 0:
+        _logger.info(f'The results are in {folder / "results.md"}')
 
 
 def leave_process_group() -> tuple[int, int]:
@@ -126,10 +131,15 @@ def open_record(study: Study, folder: Path, command: Sequence[str]) -> dict[str,
 
 
 def write_results(study: Study, folder: Path, record: dict[str, Any]) -> None:
-    """Write results.csv, results.md, the plots and run.json from all units that are finished."""
+    """Write results.csv, results.md, the plots and run.json from all units that are finished, if there are any.
+
+    Units of an earlier command of the same configuration, such as other seeds, are among them.
+    """
     names = unit_names(study.units)
     files = [unit_file(folder, name) for name in names if unit_file(folder, name).exists()]
     files += sorted(set((folder / 'units').glob('*.json')) - set(files))
+    if not files:
+        return
     units = [json.loads(file.read_text()) for file in files]
     rows: list[Row] = [row for unit in units for row in unit['rows']]
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -144,7 +154,7 @@ def write_results(study: Study, folder: Path, record: dict[str, Any]) -> None:
     record = {
         **record,
         'seeds': sorted({unit['unit']['seed'] for unit in units if 'seed' in unit['unit']}),
-        'hardware': provenance.hardware(torch.device('cuda' if torch.cuda.is_available() else 'cpu')),
+        'hardware': provenance.hardware(),
         'finished': now(),
         'seconds': {file.stem: round(unit['seconds'], 1) for file, unit in zip(files, units, strict=True)},
     }
