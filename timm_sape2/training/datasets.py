@@ -22,10 +22,7 @@ def open_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dat
     Raises:
         ValueError: If there is no such data, none in it, or the two splits do not fit together.
     """
-    image_mode = {1: 'L', 3: 'RGB'}.get(in_chans)
-    if image_mode is None:
-        raise ValueError(f'the model takes {in_chans} channels, but images have 1 or 3: set --in-chans')
-    train, validation = (_open(args, split, image_mode) for split in (args.train_split, args.val_split))
+    train, validation = (open_split(args, split, in_chans) for split in (args.train_split, args.val_split))
     _check_classes(train, validation)
     return _thinned(train, args.train_num_samples), _thinned(validation, args.val_num_samples)
 
@@ -46,7 +43,7 @@ class EvenlySpaced(Dataset):
             raise ValueError(f'the data has {len(dataset)} images, not {num_samples}: lower --*-num-samples')
         self.dataset = dataset
         self.num_samples = num_samples
-        self.classes = _classes(dataset)
+        self.classes = class_names(dataset)
 
     @property
     def transform(self) -> Any:
@@ -64,9 +61,17 @@ class EvenlySpaced(Dataset):
         return self.dataset[index * len(self.dataset) // self.num_samples]
 
 
+def open_split(args: argparse.Namespace, split: str, in_chans: int) -> Any:
+    """Open one split of the data that `dataset` and `data_dir` of the arguments name, as `open_datasets` does."""
+    image_mode = {1: 'L', 3: 'RGB'}.get(in_chans)
+    if image_mode is None:
+        raise ValueError(f'the model takes {in_chans} channels, but images have 1 or 3: set --in-chans')
+    return Digits(split, image_mode) if args.dataset == 'digits' else _open(args, split, image_mode)
+
+
 def count_classes(dataset: Dataset) -> int | None:
     """Return the number of classes of a data set, or None where it does not tell."""
-    names = _classes(dataset)
+    names = class_names(dataset)
     return None if names is None else len(names)
 
 
@@ -82,8 +87,6 @@ def _thinned(dataset: Dataset, num_samples: int | None) -> Dataset:
 
 
 def _open(args: argparse.Namespace, split: str, image_mode: str) -> Dataset:
-    if args.dataset == 'digits':
-        return Digits(split, image_mode)
     in_folders = not args.dataset
     if args.dataset.startswith(STREAMED):
         raise ValueError(f'--dataset {args.dataset} is streamed: a run on it could not be resumed exactly')
@@ -109,13 +112,14 @@ def _open(args: argparse.Namespace, split: str, image_mode: str) -> Dataset:
     return dataset
 
 
-def _classes(dataset: Any) -> list[str] | None:
+def class_names(dataset: Any) -> list[str] | None:
+    """Return the names of the classes in their order, or None where a data set does not tell."""
     classes = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or getattr(dataset, 'classes', None)
     return None if classes is None else list(classes)
 
 
 def _check_classes(train: Dataset, validation: Dataset) -> None:
-    expected, found = _classes(train), _classes(validation)
+    expected, found = class_names(train), class_names(validation)
     if expected != found and expected is not None and found is not None:
         odd = ', '.join(sorted(set(expected) ^ set(found))) or 'their order'
         raise ValueError(f'the training and the validation data differ in their classes: {odd}')

@@ -1,0 +1,83 @@
+"""The command `timm-sape2 validate`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.accuracy import measure_accuracy
+from ..training.arguments import FLAG, positive_int, whole_number
+from ..training.datasets import open_split
+from ..training.hardware import device_name
+from ..training.run_folder import atomic_write
+from .model_arguments import add_model_arguments, open_named_model
+from .parser import Commands
+
+
+def add_validate(commands: Commands) -> None:
+    """Add `validate`."""
+    parser = commands.add_parser(
+        'validate',
+        help='measure the accuracy of a trained model',
+        description="""\
+Measure the accuracy of a trained model on a data set. SOURCE is a checkpoint of
+train.py, a folder with config.json, or OWNER/NAME on the Hugging Face Hub. The
+numbers are those of timm's validate.py.""",
+        epilog="""\
+examples:
+  timm-sape2 validate output/train/NAME/model_best.pth.tar --data-dir DIR
+  timm-sape2 validate OWNER/NAME --data-dir DIR --split test
+  timm-sape2 validate model_best.pth.tar --dataset digits --json metrics.json
+
+DIR has the images in DIR/validation/CLASS/IMAGE. `timm-sape2 hub push` takes
+metrics.json for the model card.""",
+    )
+    parser.add_argument('source', metavar='SOURCE', help='checkpoint, folder, or OWNER/NAME')
+    data = parser.add_argument_group('the data')
+    data.add_argument('--data-dir', metavar='DIR', help='folder of the images')
+    data.add_argument('--dataset', default='', metavar='NAME', help="'digits', torch/cifar10, ... (default: folders)")
+    data.add_argument('--dataset-download', action=FLAG, default=False, help='download a data set of torchvision')
+    data.add_argument('--split', default='validation', metavar='NAME', help='split of it (default: %(default)s)')
+    add_model_arguments(parser)
+    parser.add_argument(
+        '-b', '--batch-size', type=positive_int, default=256, metavar='N', help='images at a time (256)'
+    )
+    parser.add_argument(
+        '-j', '--workers', type=whole_number, default=4, metavar='N', help='processes that load them (4)'
+    )
+    parser.add_argument('--device', metavar='DEVICE', help='cpu, cuda or cuda:N (default: cuda if there is one)')
+    parser.add_argument('--json', metavar='FILE', help='write the numbers to FILE, - is the standard output')
+    parser.set_defaults(command=validate, user_errors=(ValueError, OSError))
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """Measure and report."""
+    device = device_name(arguments.device)
+    trained = open_named_model(arguments, arguments.source)
+    dataset = open_split(arguments, arguments.split, in_chans=trained.data_config['input_size'][0])
+    measured = measure_accuracy(trained, dataset, arguments.batch_size, arguments.workers, device)
+    metrics = {
+        'dataset': arguments.dataset or Path(arguments.data_dir).resolve().name,
+        'split': arguments.split,
+        'weights': trained.weights,
+        'measured_by': 'timm-sape2 validate',
+        **measured,
+    }
+    if arguments.json != '-':
+        print(
+            f'{arguments.source}, {trained.weights}: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} %, '
+            f'loss {metrics["loss"]:.4f} on {metrics["num_images"]} images'
+        )
+    if arguments.json:
+        write_json(metrics, arguments.json)
+
+
+def write_json(content: Any, target: str) -> None:
+    """Write JSON to a file, or to the standard output if it is called '-'."""
+    text = json.dumps(content, indent=2) + '\n'
+    if target == '-':
+        sys.stdout.write(text)
+        return
+    with atomic_write(Path(target)) as path:
+        path.write_text(text, encoding='utf-8')

@@ -1,0 +1,97 @@
+"""Accuracy of a trained model on a data set, computed as timm's validate.py does."""
+
+import logging
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_loader
+from timm.utils import AverageMeter, accuracy
+from torch import nn
+from tqdm import tqdm
+
+from .. import version
+from ..sources import TrainedModel, fingerprint
+from ..training.datasets import class_names, count_classes
+
+_logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def measure_accuracy(
+    trained: TrainedModel,
+    dataset: Any,
+    batch_size: int = 256,
+    workers: int = 4,
+    device: str = 'cpu',
+) -> dict[str, Any]:
+    """Measure top-1 and top-5 accuracy in percent, and the mean cross-entropy.
+
+    Args:
+        trained: The model; it is moved to the device.
+        dataset: Images with targets, as timm's loader takes them.
+        batch_size: Images in a batch.
+        workers: Processes that load images.
+        device: Where to compute.
+
+    Returns:
+        'top1', 'top5', 'loss', 'num_images', and what they belong to: the 'fingerprint' of the weights and 'versions'.
+
+    Raises:
+        ValueError: If the classes of the data are not those of the model, or there are no images.
+    """
+    check_classes(trained, dataset)
+    model, data_config = trained.model.to(device), trained.data_config
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=batch_size,
+        use_prefetcher=False,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=workers,
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        device=torch.device(device),
+    )
+    loss, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
+    with tqdm(total=len(dataset), desc='Validating', unit=' images', leave=False, dynamic_ncols=True) as bar:
+        for images, targets in loader:
+            images, targets = images.to(device), targets.to(device)
+            logits = model(images)
+            correct1, correct5 = accuracy(logits, targets, topk=(1, 5))
+            for meter, value in (
+                (loss, nn.functional.cross_entropy(logits, targets)),
+                (top1, correct1),
+                (top5, correct5),
+            ):
+                meter.update(value.item(), len(targets))
+            bar.update(len(targets))
+            bar.set_postfix_str(f'top-1 {top1.avg:.2f} %', refresh=False)
+    return {
+        'top1': round(top1.avg, 4),
+        'top5': round(top5.avg, 4),
+        'loss': round(loss.avg, 6),
+        'num_images': top1.count,
+        'fingerprint': fingerprint(model),
+        'versions': {'timm_sape2': version.__version__, 'timm': timm.__version__, 'torch': torch.__version__},
+    }
+
+
+def check_classes(trained: TrainedModel, dataset: Any) -> None:
+    """Raise a ValueError if data and model do not have the same classes in the same order."""
+    if not len(dataset):
+        raise ValueError('the data set has no images')
+    count = count_classes(dataset)
+    if count is not None and count != trained.model.num_classes:
+        raise ValueError(f'the data has {count} classes, the model {trained.model.num_classes}')
+    of_data, of_model = class_names(dataset), trained.class_names
+    if of_data is None or of_model is None or of_data == of_model:
+        return
+    if sorted(of_data) == sorted(of_model):
+        raise ValueError('the data has the classes of the model in another order')
+    odd = [name for name in of_data if name not in of_model]
+    _logger.warning(
+        f'The data names {len(odd)} classes as the model does not, such as {odd[0]!r}; only their order counts'
+    )

@@ -1,0 +1,1 @@
+"""Models on the Hugging Face Hub: package a checkpoint, push it, pull it, verify it."""

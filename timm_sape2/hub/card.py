@@ -1,0 +1,240 @@
+"""The model card, README.md: written from config.json, train.yaml and metrics.json beside it, never by hand."""
+
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..training.run_folder import atomic_write
+from .config import PLUGIN, check_config, read_config
+from .probe import PROBE
+
+PAPER = 'https://arxiv.org/abs/2505.09466'
+TAGS = ['image-classification', 'timm', 'timm_sape2', 'vision-transformer', 'position-encoding']
+METRICS = {'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'loss': 'cross-entropy'}
+MEASURED = {'dataset': str, 'split': str, 'num_images': int, 'measured_by': str, 'weights': str, 'fingerprint': str}
+OTHER = {'versions': dict, 'probe': dict}
+# By the tag of a model: what its data set is called, and where the Hub has it.
+DATASETS = {
+    'cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
+    'cifar100': ('CIFAR-100', 'uoft-cs/cifar100'),
+    'in1k': ('ImageNet-1k', 'ILSVRC/imagenet-1k'),
+    'digits': ('the handwritten digits of scikit-learn', None),
+}
+
+
+def write_card(folder: Path, repo_id: str | None = None) -> None:
+    """Write README.md of a folder that has config.json, and train.yaml, metrics.json and model.safetensors or not.
+
+    Args:
+        folder: The folder.
+        repo_id: Where it is published, OWNER/NAME.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+        ValueError: If one of the files is malformed.
+    """
+    text = make_card(folder, repo_id)
+    with atomic_write(folder / 'README.md') as path:
+        path.write_text(text, encoding='utf-8')
+
+
+def make_card(folder: Path, repo_id: str | None = None) -> str:
+    """Return the text of the card, see `write_card`."""
+    config = read_config(folder / 'config.json')
+    check_config(config)
+    recipe, metrics = read_recipe(folder / 'train.yaml'), read_metrics(folder / 'metrics.json')
+    name = repo_id.partition('/')[2] if repo_id else folder.resolve().name
+    has_weights = (folder / 'model.safetensors').exists()
+    sections = [
+        f'# Model card for {name}',
+        _introduction(config, has_weights),
+        f'## Use it\n\n{_usage(config, repo_id if has_weights else None)}',
+        f'## Details\n\n{_details(config)}',
+        f'## Results\n\n{_results(metrics, has_weights)}',
+        f'## Training\n\n{_training(recipe)}',
+    ]
+    if metrics.get('probe'):
+        sections.append(f'## Check\n\n{_check(config, metrics["probe"], repo_id)}')
+    return f'---\n{_metadata(name, config, metrics)}\n---\n' + '\n\n'.join(sections) + '\n'
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read train.yaml, {} if there is none."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding='utf-8')) if path.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f'{path} must be a mapping of flags of train.py')
+    return recipe
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read metrics.json, as `timm-sape2 validate --json` writes it, {} if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        metrics = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} is not JSON: {error}') from error
+    if not isinstance(metrics, dict):
+        raise ValueError(f'{path} must be a mapping, as `timm-sape2 validate --json` writes it')
+    known: dict[str, Any] = {**dict.fromkeys(METRICS, (int, float)), **MEASURED, **OTHER}
+    for key, value in metrics.items():
+        if key not in known:
+            raise ValueError(f'{path}: unknown {key!r}')
+        if not isinstance(value, known[key]) or (key in METRICS and not math.isfinite(value)):
+            raise ValueError(f'{path}: {key} cannot be {value!r}')
+    return metrics
+
+
+def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Return the YAML that the Hub reads: how it files the model, and the numbers that `verify` compares."""
+    cfg = config['pretrained_cfg']
+    hub_dataset = DATASETS.get(cfg.get('tag'), ('', None))[1]
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=hub_dataset or 'imagefolder',
+            dataset_name=metrics['dataset'],
+            dataset_split=metrics.get('split'),
+            metric_type='accuracy',
+            metric_name=METRICS[key],
+            metric_value=metrics[key],
+        )
+        for key in ('top1', 'top5')
+        if key in metrics and 'dataset' in metrics
+    ]
+    probe = {int(index): value for index, value in metrics.get('probe', {}).items()}
+    extra: dict[str, Any] = {'probe': {'image': PROBE, 'logits': probe}} if probe else {}
+    data = ModelCardData(
+        license=cfg.get('license'),
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=TAGS,
+        datasets=[hub_dataset] if hub_dataset else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **extra,
+    )
+    return data.to_yaml()
+
+
+def _introduction(config: dict[str, Any], has_weights: bool) -> str:
+    cfg = config['pretrained_cfg']
+    trained = DATASETS.get(cfg.get('tag'), (None,))[0]
+    text = f'The vision transformer `{config["architecture"]}` with the position encoding '
+    text += f'`{_build(config).position_name}`, for the classification of images. It comes from the package '
+    text += f'`{PLUGIN}`, a plugin of [timm](https://github.com/huggingface/pytorch-image-models).'
+    if has_weights:
+        return text + (f' It was trained on {trained}.' if trained else '')
+    purpose = f' to train it on {trained}' if trained else ''
+    return f'{text}\n\n**No weights are published.** These are the configuration and the recipe{purpose}.'
+
+
+def _usage(config: dict[str, Any], repo_id: str | None) -> str:
+    if repo_id:
+        call = f"timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()"
+    else:
+        arguments = {**config['model_args'], 'num_classes': config['num_classes']}
+        shown = ''.join(f', {key}={value!r}' for key, value in arguments.items() if key in ('img_size', 'num_classes'))
+        call = f"timm.create_model('{config['architecture']}'{shown})  # random weights"
+    return f"""\
+```python
+import timm
+import {PLUGIN}  # registers the architecture, which timm alone does not know
+
+model = {call}
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+Another `img_size`, `in_chans` or `num_classes` can be given to `create_model`, all at once."""
+
+
+def _details(config: dict[str, Any]) -> str:
+    cfg, model = config['pretrained_cfg'], _build(config)
+    channels, height, width = cfg['input_size']
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    options = config['model_args'].get('position_args')
+    rows = {
+        'Architecture': f'`{config["architecture"]}`, {parameters / 1e6:.2f} M parameters',
+        'Position encoding': f'`{model.position_name}`' + (f', options `{json.dumps(options)}`' if options else ''),
+        'Images': f'{height}x{width}, {channels} {"channel" if channels == 1 else "channels"}, '
+        f'patches of {"x".join(map(str, model.patch_embed.patch_size))}',
+        'Classes': _classes(config),
+        'Preprocessing': f'mean {_numbers(cfg["mean"])}, std {_numbers(cfg["std"])}, '
+        f'{cfg["interpolation"]}, crop {cfg["crop_pct"]:g}',
+        'License': cfg.get('license') or 'not stated',
+        'Papers': f'[SaPE2]({PAPER}), [ViT](https://arxiv.org/abs/2010.11929)',
+    }
+    return '\n'.join(f'- **{key}:** {value}' for key, value in rows.items())
+
+
+def _classes(config: dict[str, Any]) -> str:
+    names = config.get('label_names')
+    if not names:
+        return str(config['num_classes'])
+    shown = ', '.join(_plain(name) for name in names[:10])
+    return f'{len(names)}: {shown}{", ..." if len(names) > 10 else ""}'
+
+
+def _results(metrics: dict[str, Any], has_weights: bool) -> str:
+    measured = {key: metrics[key] for key in METRICS if key in metrics}
+    if not measured:
+        return 'Not measured.'
+    where = f'{_plain(metrics.get("dataset", "unknown data"))}, split {_plain(metrics.get("split", "unknown"))}'
+    if 'num_images' in metrics:
+        where += f', {metrics["num_images"]} images'
+    rows = [f'| metric | {where} |', '| --- | --- |']
+    for key, value in measured.items():
+        rows.append(f'| {METRICS[key]} | ' + (f'{value:.4f} |' if key == 'loss' else f'{value:.2f} % |'))
+    origin = 'The weights here' if has_weights else 'A run with the recipe below, whose weights are not published'
+    if 'average' in metrics.get('weights', ''):
+        origin += ' (the moving average of the weights)'
+    if 'measured_by' in metrics:
+        origin += f', measured by {_plain(metrics["measured_by"])}'
+    versions = ', '.join(f'{_plain(name)} {_plain(version)}' for name, version in metrics.get('versions', {}).items())
+    return '\n'.join([*rows, '', f'{origin}{f" with {versions}" if versions else ""}.'])
+
+
+def _training(recipe: dict[str, Any]) -> str:
+    if not recipe:
+        return 'The recipe is not published.'
+    data = '' if recipe.get('dataset') else ' --data-dir DIR'
+    return f"""\
+`python train.py -c train.yaml{data}` of `{PLUGIN}` trains it with this recipe, train.yaml:
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100).strip()}
+```"""
+
+
+def _check(config: dict[str, Any], probe: dict[str, float], repo_id: str | None) -> str:
+    names = config.get('label_names') or [f'class {index}' for index in range(config['num_classes'])]
+    rows = [f'| {_plain(names[int(index)])} | {value:.4f} |' for index, value in probe.items()]
+    command = f'timm-sape2 hub verify {shlex.quote(repo_id)}' if repo_id else 'timm-sape2 hub verify OWNER/NAME'
+    return f"""\
+`{command}` compares the files with the Hub's record, and the logits of `{PROBE}` with these:
+
+| class | logit |
+| --- | --- |
+""" + '\n'.join(rows)
+
+
+def _build(config: dict[str, Any]) -> Any:
+    return timm.create_model(config['architecture'], device='meta', **config['model_args'])
+
+
+def _numbers(values: list[float]) -> str:
+    return ' '.join(f'{value:g}' for value in values)
+
+
+def _plain(text: object) -> str:
+    """Return text that cannot end a table cell or begin markup."""
+    return ''.join(f'\\{char}' if char in '\\|`*_[]<>#' else char for char in ' '.join(str(text).split()))

@@ -1,0 +1,120 @@
+"""The config.json of a model: data that somebody else wrote, checked before anything is built from it."""
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg, is_model, is_model_in_modules
+from timm.models.vision_transformer import VisionTransformer
+
+from ..vit import PositionVisionTransformer
+
+PLUGIN = 'timm_sape2'
+REQUIRED = {'architecture': str, 'num_classes': int, 'num_features': int, 'model_args': dict, 'pretrained_cfg': dict}
+OPTIONAL = {'global_pool': str, 'label_names': list, 'label_descriptions': dict, 'plugin': str}
+WEIGHT_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
+PRETRAINED_CFG = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(WEIGHT_SOURCES) | {'custom_load'}
+NOT_FROM_A_FILE = {
+    *('self', 'kwargs', 'device', 'dtype'),
+    *('pos_embed', 'embed_layer', 'block_fn', 'attn_layer', 'mlp_layer'),
+}
+MODEL_ARGS = {
+    name
+    for model_class in (PositionVisionTransformer, VisionTransformer)
+    for name in inspect.signature(model_class.__init__).parameters
+} - NOT_FROM_A_FILE
+
+
+def is_ours(architecture: str) -> bool:
+    """Return whether this package registers an architecture."""
+    return is_model(architecture) and is_model_in_modules(architecture, ['vision_transformer_sape2'])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not a mapping in JSON that names an architecture.
+    """
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'config.json is not JSON: {error}') from error
+    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
+        raise ValueError("config.json names no 'architecture'")
+    return config
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse a config.json of a model of this package that says more, or other things, than how to build the model.
+
+    timm ignores some keys that it does not know and stumbles over others. Here each key must have an effect, weights
+    come from the file beside config.json alone, and the arguments must build a model that agrees with the rest.
+
+    Args:
+        config: The content of config.json.
+
+    Raises:
+        ValueError: For a key or a value that is wrong; it names it.
+    """
+    _check_keys('config.json', config, {*REQUIRED, *OPTIONAL}, REQUIRED)
+    for key, kind in (REQUIRED | OPTIONAL).items():
+        if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):
+            raise ValueError(f'config.json: {key!r} must be {kind.__name__}, not {config[key]!r}')
+    if not is_ours(config['architecture']):
+        raise ValueError(f'config.json: {PLUGIN} has no architecture {config["architecture"]!r}')
+    _check_pretrained_cfg(config['pretrained_cfg'])
+    _check_keys('config.json: model_args', config['model_args'], MODEL_ARGS)
+    _check_labels(config)
+    _check_built_model(config)
+
+
+def _check_keys(where: str, mapping: dict[str, Any], known: Iterable[str], required: Iterable[str] = ()) -> None:
+    unknown = sorted(set(mapping) - set(known))
+    if unknown:
+        raise ValueError(f'{where}: unknown {", ".join(map(repr, unknown))}')
+    missing = [key for key in required if key not in mapping]
+    if missing:
+        raise ValueError(f'{where}: no {", ".join(map(repr, missing))}')
+
+
+def _check_pretrained_cfg(cfg: dict[str, Any]) -> None:
+    sources = [key for key in WEIGHT_SOURCES if cfg.get(key)]
+    if sources:
+        raise ValueError(
+            f'config.json: pretrained_cfg names another source of weights, {", ".join(map(repr, sources))}; '
+            'only the weights beside it are loaded'
+        )
+    _check_keys('config.json: pretrained_cfg', cfg, PRETRAINED_CFG)
+    for name in ('mean', 'std'):
+        values = cfg.get(name, [1])
+        numbers = isinstance(values, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+        if not numbers or (name == 'std' and min(values) <= 0):
+            raise ValueError(f'config.json: {name} of pretrained_cfg must be a list of numbers, not {values!r}')
+
+
+def _check_labels(config: dict[str, Any]) -> None:
+    names = config.get('label_names')
+    if names is None:
+        return
+    if not all(isinstance(name, str) for name in names) or len(names) != config['num_classes']:
+        raise ValueError(f'config.json: label_names must be {config["num_classes"]} strings, one for each class')
+
+
+def _check_built_model(config: dict[str, Any]) -> None:
+    try:
+        model: Any = timm.create_model(config['architecture'], device='meta', **config['model_args'])
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f'config.json: model_args do not build {config["architecture"]}: {error}') from error
+    built = {key: getattr(model, key) for key in ('num_classes', 'num_features', 'global_pool')}
+    built['input_size'] = [model.in_chans, *model.patch_embed.img_size]
+    said = dict(config, input_size=config['pretrained_cfg'].get('input_size'))
+    for key, value in built.items():
+        if said.get(key, value) != value:
+            raise ValueError(f'config.json: {key} is {said[key]!r}, but model_args build a model with {value!r}')

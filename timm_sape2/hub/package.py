@@ -1,0 +1,179 @@
+"""From a checkpoint to the folder that the Hub gets: weights without training state, and all that is known of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from timm.utils import natural_key
+
+from .._timm_compat import save_config_for_hf
+from ..sources import TrainedModel, fingerprint, open_model
+from ..training.arguments import build_parser
+from ..training.digits import Digits
+from ..training.recipe import recipe_arguments
+from ..vit import PositionVisionTransformer
+from .card import read_metrics, read_recipe, write_card
+from .config import PLUGIN, check_config, read_config
+from .files import FILES
+from .probe import PROBE, highest_logits, make_probe, probe_logits
+
+# Where and on which machine a run was, and from which files it started, is no part of its recipe.
+PRIVATE = {
+    *('config', 'data_dir', 'output', 'experiment', 'resume', 'device', 'workers', 'initial_checkpoint'),
+    *('pretrained_path', 'log_interval', 'recovery_interval', 'checkpoint_hist'),
+}
+ADDED_BY_TRAINING = {'distributed', 'world_size', 'rank', 'local_rank', 'input_size'}
+
+
+def write_package(
+    folder: Path,
+    trained: TrainedModel,
+    repo_id: str,
+    license: str | None = None,
+    metrics: Path | None = None,
+    recipe: Path | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write the folder of a model, and check that what it loads as gives the same logits.
+
+    Args:
+        folder: Where to; files of the same names are replaced.
+        trained: The model.
+        repo_id: Where it is going to be published, OWNER/NAME or OWNER/NAME.TAG.
+        license: Its license as the Hub writes it, by default that of its configuration.
+        metrics: What `timm-sape2 validate --json` wrote for it, by default what its checkpoint or folder says.
+        recipe: Its recipe, by default what its checkpoint or folder says.
+        class_names: Names of its classes, by default what its configuration or its training data say.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+        ValueError: If the model is not one of this package, its weights are not finite, one of the files does not
+            belong to it, or it does not come back the same.
+    """
+    _check_model(trained)
+    if trained.folder is not None and trained.folder.resolve() == folder.resolve():
+        raise ValueError(f'{folder} is where the model comes from: choose another folder')
+    measured = _find_metrics(trained, metrics)
+    recipe_content = _find_recipe(trained, recipe)
+    names = class_names or trained.class_names or _names_of_training(trained.training.get('args', {}))
+    if names and len(names) != trained.model.num_classes:
+        raise ValueError(f'{len(names)} names for the {trained.model.num_classes} classes of the model')
+    probe = make_probe(trained)
+    measured['probe'] = highest_logits(probe_logits(trained, probe))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+    tag = repo_id.partition('/')[2].partition('.')[2]
+    write_config(folder / 'config.json', trained.model, tag, license, names)
+    (folder / 'metrics.json').write_text(json.dumps(measured, indent=2) + '\n', encoding='utf-8')
+    if recipe_content:
+        text = yaml.safe_dump(recipe_content, sort_keys=False, default_flow_style=None)
+        (folder / 'train.yaml').write_text(text, encoding='utf-8')
+    probe.save(folder / PROBE)
+    write_card(folder, repo_id)
+    _check_package(folder, trained)
+
+
+def write_config(
+    path: Path,
+    model: Any,
+    tag: str = '',
+    license: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write config.json of a model: how timm creates it again, and the package that must be imported before.
+
+    Args:
+        path: The file.
+        model: A model of this package.
+        tag: What its weights are called, such as 'cifar10'.
+        license: Its license, by default that of its configuration.
+        class_names: Names of its classes in their order.
+    """
+    about: dict[str, Any] = {'tag': tag or None}
+    if license is not None:
+        about['license'] = license
+    config = {'pretrained_cfg': about, 'label_names': list(class_names or []) or None, 'plugin': PLUGIN}
+    save_config_for_hf(model, str(path), model_config=config)
+    path.write_text(path.read_text(encoding='utf-8') + '\n', encoding='utf-8')
+
+
+def _check_model(trained: TrainedModel) -> None:
+    model = trained.model
+    if not isinstance(model, PositionVisionTransformer):
+        raise ValueError(f'{type(model).__name__} is not a model of {PLUGIN}; timm.models.push_to_hf_hub pushes it')
+    bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f'weights that are not finite: {", ".join(bad[:3])}{", ..." if len(bad) > 3 else ""}')
+
+
+def _find_metrics(trained: TrainedModel, path: Path | None) -> dict[str, Any]:
+    """Return metrics that were measured on these weights, {} if there are none."""
+    if path is None and trained.folder is not None:
+        path = trained.folder / 'metrics.json'
+    if path is not None:
+        if not path.exists() and trained.folder is None:
+            raise FileNotFoundError(f'no file {path}')
+        metrics = read_metrics(path)
+        if metrics and metrics.get('fingerprint') != fingerprint(trained.model):
+            raise ValueError(f'{path} was measured on other weights: run `timm-sape2 validate --json` on these')
+        return metrics
+    args, epoch, metric = (trained.training.get(key) for key in ('args', 'epoch', 'metric'))
+    if not args or metric is None:
+        return {}
+    return {
+        args.get('eval_metric', 'top1'): float(metric),
+        'dataset': args.get('dataset') or Path(args.get('data_dir') or 'images').name,
+        'split': args.get('val_split', 'validation'),
+        'measured_by': f'training, after epoch {epoch}',
+        'weights': trained.weights,
+        'fingerprint': fingerprint(trained.model),
+    }
+
+
+def _find_recipe(trained: TrainedModel, path: Path | None) -> dict[str, Any]:
+    """Return the recipe that the weights were trained with, {} if it is not known."""
+    if path is None and trained.folder is not None and (trained.folder / 'train.yaml').exists():
+        path = trained.folder / 'train.yaml'
+    parser = build_parser()
+    if path is not None:
+        recipe_arguments(path, parser)
+        return read_recipe(path)
+    args: Mapping[str, Any] = trained.training.get('args', {})
+    defaults = vars(parser.parse_args([]))
+    if not args or set(args) - set(defaults) - ADDED_BY_TRAINING:
+        return {}  # of another script, some of whose flags train.py does not have
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in args.items()
+        if key in defaults and key not in PRIVATE and value != defaults[key]
+    }
+
+
+def _names_of_training(args: Mapping[str, Any]) -> list[str] | None:
+    """Return the classes of the data of a run, if they are still there to be asked."""
+    if args.get('dataset') == 'digits':
+        return list(Digits.classes)
+    folder = Path(args.get('data_dir') or '', args.get('train_split') or 'train')
+    if args.get('dataset') or not args.get('data_dir') or not folder.is_dir():
+        return None
+    names = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
+    return names if len(names) == args.get('num_classes') else None
+
+
+def _check_package(folder: Path, trained: TrainedModel) -> None:
+    """Load the folder as a user will, and compare."""
+    check_config(read_config(folder / 'config.json'))
+    reloaded = open_model(f'local-dir:{folder}')
+    with Image.open(folder / PROBE) as image:
+        same = torch.equal(probe_logits(reloaded, image), probe_logits(trained, image))
+    if not same or fingerprint(reloaded.model) != fingerprint(trained.model):
+        raise ValueError(f'{folder} does not load as the model that it was written from; nothing was sent')
