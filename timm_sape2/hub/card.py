@@ -49,6 +49,7 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
     config = read_config(folder / 'config.json')
     check_config(config)
     recipe, metrics = read_recipe(folder / 'train.yaml'), read_metrics(folder / 'metrics.json')
+    recipe_text = (folder / 'train.yaml').read_text(encoding='utf-8') if recipe else ''
     name = repo_id.partition('/')[2] if repo_id else folder.resolve().name
     has_weights = (folder / 'model.safetensors').exists()
     sections = [
@@ -57,7 +58,7 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
         f'## Use it\n\n{_usage(config, repo_id if has_weights else None)}',
         f'## Details\n\n{_details(config)}',
         f'## Results\n\n{_results(metrics, has_weights)}',
-        f'## Training\n\n{_training(recipe)}',
+        f'## Training\n\n{_training(recipe, recipe_text)}',
     ]
     if metrics.get('probe'):
         sections.append(f'## Check\n\n{_check(config, metrics["probe"], repo_id)}')
@@ -203,15 +204,16 @@ def _results(metrics: dict[str, Any], has_weights: bool) -> str:
     return '\n'.join([*rows, '', f'{origin}{f" with {versions}" if versions else ""}.'])
 
 
-def _training(recipe: dict[str, Any]) -> str:
+def _training(recipe: dict[str, Any], text: str) -> str:
     if not recipe:
         return 'The recipe is not published.'
+    start = 'torchrun --nproc_per_node=N' if recipe.get('aug_repeats') else 'python'
     data = '' if recipe.get('dataset') else ' --data-dir DIR'
     return f"""\
-`python train.py -c train.yaml{data}` of `{PLUGIN}` trains it with this recipe, train.yaml:
+`{start} train.py -c train.yaml{data}` of `{PLUGIN}` trains it with this recipe, train.yaml:
 
 ```yaml
-{yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100).strip()}
+{text.strip().replace('```', '')}
 ```"""
 
 
