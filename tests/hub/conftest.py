@@ -15,6 +15,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 import timm_sape2
+from timm_sape2.hub.package import write_package
+from timm_sape2.sources import open_model
 
 _spec = importlib.util.spec_from_file_location('hub_server', Path(__file__).with_name('server.py'))
 server = importlib.util.module_from_spec(_spec)
@@ -107,3 +109,17 @@ def fresh_process(hub):
         return done.stdout.strip()
 
     return run
+
+
+@pytest.fixture(scope='session')
+def package(checkpoint, tmp_path_factory):
+    """Folder of the model of `checkpoint`, as the Hub gets it."""
+    folder = tmp_path_factory.mktemp('package') / 'vit'
+    write_package(folder, open_model(str(checkpoint)), 'owner/vit')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def package_model(checkpoint):
+    """The model that `package` was written from."""
+    return open_model(str(checkpoint)).model

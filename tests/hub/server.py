@@ -85,11 +85,10 @@ class Hub:
             server.stop()
         self.servers = []
 
-    def put(self, repo_id, **files):
-        """Commit files behind the client's back; `config_json` stands for config.json."""
+    def put(self, repo_id, files):
+        """Commit files, contents by path, behind the client's back."""
         repo = self.repos.setdefault(repo_id, Repo())
-        named = {name.replace('_json', '.json').replace('_safetensors', '.safetensors'): data for name, data in files.items()}
-        return repo.commit('main', {**repo.files(), **{path: Blob(path, data) for path, data in named.items()}})
+        return repo.commit('main', {**repo.files(), **{path: Blob(path, data) for path, data in files.items()}})
 
     def user(self, request):
         header = request.headers.get('Authorization')

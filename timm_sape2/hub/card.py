@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from timm.models import get_pretrained_cfg
 
 from ..training.run_folder import atomic_write
 from .config import PLUGIN, check_config, read_config
@@ -143,9 +144,7 @@ def _usage(config: dict[str, Any], repo_id: str | None) -> str:
     if repo_id:
         call = f"timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()"
     else:
-        arguments = {**config['model_args'], 'num_classes': config['num_classes']}
-        shown = ''.join(f', {key}={value!r}' for key, value in arguments.items() if key in ('img_size', 'num_classes'))
-        call = f"timm.create_model('{config['architecture']}'{shown})  # random weights"
+        call = f"timm.create_model('{config['architecture']}'{_changed_arguments(config)})  # random weights"
     return f"""\
 ```python
 import timm
@@ -156,6 +155,15 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 ```
 
 Another `img_size`, `in_chans` or `num_classes` can be given to `create_model`, all at once."""
+
+
+def _changed_arguments(config: dict[str, Any]) -> str:
+    """Return the arguments that the architecture does not have by default."""
+    cfg, arguments = get_pretrained_cfg(config['architecture']), dict(config['model_args'])
+    channels, *size = cfg.input_size
+    default = {'in_chans': channels, 'img_size': size, 'num_classes': cfg.num_classes, 'global_pool': 'token'}
+    changed = {key: value for key, value in arguments.items() if default.get(key) != value}
+    return ''.join(f', {key}={tuple(value) if isinstance(value, list) else value!r}' for key, value in changed.items())
 
 
 def _details(config: dict[str, Any]) -> str:

@@ -1,0 +1,180 @@
+"""Loading from the Hub with `timm.create_model` and with ours: what works, and what each error says."""
+
+import json
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+
+import timm_sape2
+from timm_sape2.sources import fingerprint, open_model
+
+SIGN_IN = 'sign in with `hf auth login` or set HF_TOKEN'
+
+
+@pytest.fixture
+def published(hub, package):
+    """Repository with the files of a package, which is returned too."""
+    hub.put('owner/vit', {path.name: path.read_bytes() for path in package.iterdir()})
+    return package
+
+
+def error(name, **kwargs):
+    with pytest.raises(ValueError) as raised:
+        timm_sape2.create_model(name, pretrained=True, **kwargs)
+    assert 'hf_' not in str(raised.value)
+    return str(raised.value)
+
+
+class TestLoads:
+    @pytest.mark.parametrize('create_model', [timm.create_model, timm_sape2.create_model])
+    def test_with_timm_and_with_ours(self, published, package_model, create_model):
+        model = create_model('hf-hub:owner/vit', pretrained=True).eval()
+        images = torch.randn(2, 3, 32, 48)
+        assert torch.equal(model(images), package_model(images))
+
+    def test_in_a_fresh_process_and_offline_from_the_cache(self, hub, published, package_model, fresh_process):
+        code = """
+            import timm, timm_sape2
+            from timm_sape2.sources import fingerprint
+            print(fingerprint(timm.create_model('hf-hub:owner/vit', pretrained=True)))
+        """
+        assert fresh_process(code) == fingerprint(package_model)
+        hub.stop()
+        assert fresh_process(code, HF_HUB_OFFLINE='1') == fingerprint(package_model)
+
+    @pytest.mark.parametrize('source', ['hf-hub:owner/vit', 'local-dir:{package}'])
+    def test_other_size_classes_and_channels_at_once(self, published, package_model, source):
+        source = source.format(package=published)
+        model = timm_sape2.create_model(source, pretrained=True, img_size=(56, 40), num_classes=3, in_chans=1).eval()
+        assert model(torch.randn(2, 1, 56, 40)).shape == (2, 3)
+        trained = package_model.state_dict()
+        for name, tensor in model.state_dict().items():
+            if not name.startswith(('head', 'pos_embed', 'patch_embed.proj.weight')):
+                assert torch.equal(tensor, trained[name]), name
+        colors = trained['patch_embed.proj.weight'].sum(1, keepdim=True)
+        torch.testing.assert_close(model.patch_embed.proj.weight, colors)
+        assert model.pos_embed.shape == (1, 1 + 7 * 5, 32)
+
+    def test_a_revision(self, hub, published, package_model):
+        first = hub.repos['owner/vit'].refs['main']
+        hub.put('owner/vit', {'config.json': b'{}'})
+        model = timm_sape2.create_model(f'hf-hub:owner/vit@{first}', pretrained=True)
+        assert fingerprint(model) == fingerprint(package_model)
+
+    def test_a_private_repository_with_its_token(self, hub, published):
+        hub.repos['owner/vit'].private = True
+        timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+
+    def test_warm_cache_and_the_server_gone(self, hub, published, package_model, no_waiting):
+        timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+        hub.stop()
+        model = timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+        assert fingerprint(model) == fingerprint(package_model)
+
+    def test_range_resume_after_a_cut_connection(self, hub, published, package_model, no_waiting, monkeypatch):
+        monkeypatch.setattr(constants, 'DOWNLOAD_CHUNK_SIZE', 4096)
+        timm_sape2.create_model('hf-hub:owner/vit')
+        hub.log.clear()
+        hub.cuts = 1
+        model = timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+        assert fingerprint(model) == fingerprint(package_model)
+        ranges = [wanted for method, path, status, wanted in hub.log if path.startswith('/_cdn/')]
+        assert ranges[0] is None and int(ranges[1].removeprefix('bytes=').removesuffix('-')) > 0
+
+
+class TestErrors:
+    def test_missing_repository(self, hub, monkeypatch):
+        where = f'there is no such repository on {hub.url}, or'
+        assert error('hf-hub:owner/none') == f'hf-hub:owner/none: {where} your token gives no access to it'
+        monkeypatch.delenv('HF_TOKEN')
+        assert error('hf-hub:owner/none') == f'hf-hub:owner/none: {where} it is private: {SIGN_IN}'
+
+    def test_private_repository_without_token(self, hub, published, monkeypatch):
+        hub.repos['owner/vit'].private = True
+        monkeypatch.delenv('HF_TOKEN')
+        where = f'there is no such repository on {hub.url}, or it is private'
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {where}: {SIGN_IN}'
+
+    def test_wrong_token(self, hub, published, monkeypatch):
+        monkeypatch.setenv('HF_TOKEN', 'hf_wrongSecretToken')
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: the Hub does not know your token: {SIGN_IN}'
+
+    def test_missing_revision(self, published):
+        message = 'no such revision (branch, tag or commit) in this repository'
+        assert error('hf-hub:owner/vit@v9') == f'hf-hub:owner/vit@v9: {message}'
+
+    @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+    def test_missing_file(self, hub, published, name):
+        del hub.repos['owner/vit'].files()[name]
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: the repository has no {name}'
+
+    def test_no_name_of_a_repository(self, hub):
+        assert error('hf-hub:owner/a/b') == 'hf-hub:owner/a/b: the name of a repository is OWNER/NAME'
+
+    def test_cold_cache_and_the_server_gone(self, hub, published, no_waiting):
+        hub.stop()
+        message = f'not in the cache, and {hub.url} cannot be reached'
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {message}'
+
+    def test_cold_cache_offline(self, hub, published, monkeypatch):
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+        message = 'not in the cache, and HF_HUB_OFFLINE is set; unset it to download'
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {message}'
+
+    def test_connection_that_is_always_cut(self, hub, published, no_waiting):
+        timm_sape2.create_model('hf-hub:owner/vit')
+        hub.cuts = 1000
+        message = f'the connection to {hub.url} broke off; try again, what has arrived is kept'
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {message}'
+
+    def test_server_with_a_bad_day(self, hub, published, no_waiting):
+        timm_sape2.create_model('hf-hub:owner/vit')
+        hub.tamper = lambda path, data: data[: len(data) // 2]
+        assert error('hf-hub:owner/vit') == 'hf-hub:owner/vit: the Hub sent a file that is too short; try again'
+
+    @pytest.mark.parametrize(
+        ('damage', 'reason'),
+        [
+            (lambda data: data[:-100], 'incomplete metadata, file not fully covered'),
+            (lambda data: data[:60], 'invalid header length'),
+            (lambda data: b'x' * 1000, 'header too large'),
+            (lambda data: b'', 'header too small'),
+        ],
+    )
+    def test_truncated_and_garbage_weights(self, hub, published, damage, reason):
+        hub.put('owner/vit', {'model.safetensors': damage((published / 'model.safetensors').read_bytes())})
+        message = error('hf-hub:owner/vit')
+        assert message.startswith('hf-hub:owner/vit: model.safetensors is truncated or no weights (')
+        assert reason in message and message.endswith('`timm-sape2 hub verify` names the bad files')
+
+    def test_wrong_architecture(self, hub, published):
+        self.change_config(hub, published, architecture='vit_small_sape2', num_features=384)
+        message = error('hf-hub:owner/vit')
+        assert message.startswith('hf-hub:owner/vit: config.json: ')
+
+    def test_architecture_of_a_package_that_is_not_imported(self, hub, published):
+        self.change_config(hub, published, architecture='vit_of_others', plugin='other_package')
+        expected = 'unknown model (vit_of_others): `import other_package` before creating it'
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {expected}'
+
+    def test_unknown_model_args(self, hub, published):
+        self.change_config(hub, published, model_args={'depht': 3})
+        assert error('hf-hub:owner/vit') == "hf-hub:owner/vit: config.json: model_args: unknown 'depht'"
+
+    def test_another_source_of_weights(self, hub, published):
+        self.change_config(hub, published, pretrained_cfg={'file': '/etc/passwd'})
+        message = "pretrained_cfg names another source of weights, 'file'; only the weights beside it are loaded"
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: config.json: {message}'
+
+    @staticmethod
+    def change_config(hub, package, **changes):
+        config = json.loads((package / 'config.json').read_text())
+        hub.put('owner/vit', {'config.json': json.dumps({**config, **changes}).encode()})
+
+
+def test_one_flipped_byte_loads_unnoticed(hub, published, package_model):
+    """Which is why there is `verify`."""
+    hub.tamper = lambda path, data: data[:-1] + bytes([data[-1] ^ 1]) if path == 'model.safetensors' else data
+    assert fingerprint(timm.create_model('hf-hub:owner/vit', pretrained=True)) != fingerprint(package_model)
