@@ -8,7 +8,7 @@ import timm
 from huggingface_hub import hf_hub_download
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 
-from .hub.config import check_config, is_ours, read_config
+from .hub.config import load_config
 from .hub.errors import explained
 
 
@@ -61,12 +61,7 @@ def _check_source(model_name: str, cache_dir: str | Path | None) -> str | None:
     else:
         repo_id, _, revision = name.partition('@')
         path = Path(hf_hub_download(repo_id, 'config.json', revision=revision or None, cache_dir=cache_dir))
-    try:
-        config = read_config(path)
-        if is_ours(config['architecture']):
-            check_config(config)
-    except ValueError as error:
-        raise ValueError(f'{model_name}: {error}') from error
+    config = load_config(path, model_name)
     plugin = config.get('plugin')
     return plugin if isinstance(plugin, str) else None
 

@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 AVERAGES = ('state_dict_ema', 'model_ema')
 WEIGHTS = ('state_dict', 'model')
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'interpolation')
-REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+(@.+)?')
+REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
 FILE = re.compile(r'.+\.(pth|pt|tar|bin|ckpt|safetensors)')
 
 
@@ -100,7 +100,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 def _open_configured(source: str, arguments: dict[str, Any]) -> TrainedModel:
     if Path(source).is_dir():
         source = f'local-dir:{source}'
-    elif REPOSITORY.fullmatch(source):
+    elif REPOSITORY.fullmatch(source.partition('@')[0]):
         source = f'hf-hub:{source}'
     elif ':' not in source:
         raise ValueError(f'{source} is no checkpoint, no folder and no OWNER/NAME on the Hub')

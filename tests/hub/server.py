@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 LARGE = ('.safetensors', '.bin')
 
 
-class Refusal(Exception):
+class HubError(Exception):
     """An answer that is an error; `code` is what the client tells errors apart by."""
 
     def __init__(self, status, message, code=None):
@@ -52,7 +52,7 @@ class Repo:
     def sha(self, revision):
         sha = self.refs.get(revision, revision)
         if sha not in self.commits:
-            raise Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
+            raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return sha
 
     def files(self, revision='main'):
@@ -95,22 +95,22 @@ class Hub:
         if header is None:
             return None
         if header.removeprefix('Bearer ') not in self.tokens:
-            raise Refusal(401, 'Invalid credentials in Authorization header')
+            raise HubError(401, 'Invalid credentials in Authorization header')
         return self.tokens[header.removeprefix('Bearer ')]
 
     def repo(self, request, repo_id, write=False):
         user, repo = self.user(request), self.repos.get(repo_id)
         if repo is None or (repo.private and user != repo_id.split('/')[0]):
-            raise Refusal(401 if user is None else 404, 'Repository not found', 'RepoNotFound')
+            raise HubError(401 if user is None else 404, 'Repository not found', 'RepoNotFound')
         if write and user != repo_id.split('/')[0]:
-            raise Refusal(401 if user is None else 403, 'You do not have write access')
+            raise HubError(401 if user is None else 403, 'You do not have write access')
         return repo
 
     def create_repo(self, request):
         user, body = self.user(request), request.json()
         owner = body.get('organization') or user
         if user is None or user != owner:
-            raise Refusal(401 if user is None else 403, 'You cannot create this repository')
+            raise HubError(401 if user is None else 403, 'You cannot create this repository')
         repo_id = f'{owner}/{body["name"]}'
         exists = repo_id in self.repos
         if not exists:
@@ -134,7 +134,7 @@ class Hub:
     def create_branch(self, request, repo_id, branch):
         repo = self.repo(request, repo_id, write=True)
         if branch in repo.refs:
-            raise Refusal(409, 'Reference already exists')
+            raise HubError(409, 'Reference already exists')
         repo.refs[branch] = repo.sha('main')
         return {}
 
@@ -168,20 +168,20 @@ class Hub:
 
     def lfs_put(self, request, oid):
         if hashlib.sha256(request.body).hexdigest() != oid:
-            raise Refusal(400, 'The content is not that of the oid')
+            raise HubError(400, 'The content is not that of the oid')
         self.objects[oid] = request.body
         return {}
 
     def lfs_verify(self, request):
         wanted = request.json()
         if len(self.objects.get(wanted['oid'], b'')) != wanted['size']:
-            raise Refusal(404, 'No such object')
+            raise HubError(404, 'No such object')
         return {}
 
     def xet_token(self, request, repo_id, kind, revision):
         self.repo(request, repo_id, write=kind == 'write')
         if self.xet_folder is None:
-            raise Refusal(404, 'No Xet here')
+            raise HubError(404, 'No Xet here')
         store, expires = f'local://{self.xet_folder}', int(time.time()) + 3600
         for name, value in (('Cas-Url', store), ('Access-Token', 'xet'), ('Token-Expiration', expires)):
             request.extra[f'X-Xet-{name}'] = str(value)
@@ -189,7 +189,7 @@ class Hub:
 
     def commit(self, request, repo_id, revision):
         repo = self.repo(request, repo_id, write=True)
-        header, *operations = [json.loads(line) for line in request.body.splitlines() if line.strip()]
+        _, *operations = [json.loads(line) for line in request.body.splitlines() if line.strip()]
         files = dict(repo.files(revision))
         for operation in operations:
             value = operation['value']
@@ -207,7 +207,7 @@ class Hub:
             return Blob(value['path'], self.objects[value['oid']])
         stored = dict(_stored_by_xet(self.xet_folder)) if self.xet_folder else {}
         if value['oid'] not in stored:
-            raise Refusal(400, f'No object for {value["path"]}')
+            raise HubError(400, f'No object for {value["path"]}')
         blob = Blob(value['path'], b'\0' * value['size'])
         blob.oid, blob.xet = value['oid'], stored[value['oid']]
         return blob
@@ -217,7 +217,7 @@ class Hub:
         sha = request.extra['X-Repo-Commit'] = repo.sha(revision)
         blob = repo.commits[sha].get(path)
         if blob is None:
-            raise Refusal(404, 'Entry not found', 'EntryNotFound')
+            raise HubError(404, 'Entry not found', 'EntryNotFound')
         if not blob.large:
             request.extra['ETag'] = f'"{blob.oid}"'
             return request.reply_file(self.tamper(path, blob.data))
@@ -230,7 +230,7 @@ class Hub:
 
     def download(self, request, repo_id, sha, path):
         if 'Authorization' in request.headers:
-            raise Refusal(400, 'A token came to the CDN')
+            raise HubError(400, 'A token came to the CDN')
         request.reply_file(self.tamper(path, self.repos[repo_id].commits[sha][path].data))
 
     ID, REVISION = '([^/]+/[^/]+)', '([^/]+)'
@@ -254,15 +254,15 @@ class Hub:
     def answer(self, request, method, path):
         """Reply to a request."""
         if self.failure:
-            raise Refusal(self.failure, 'The server has a bad day')
+            raise HubError(self.failure, 'The server has a bad day')
         for verb, pattern, handler in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and verb == method:
-                content = handler(self, request, *map(unquote, match.groups()))
+                content = getattr(self, handler.__name__)(request, *map(unquote, match.groups()))
                 if not request.replied:
                     request.reply(200, content)
                 return
-        raise Refusal(404, f'No route for {method} {path}')
+        raise HubError(404, f'No route for {method} {path}')
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -279,11 +279,11 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         try:
             hub.answer(self, 'GET' if self.command == 'HEAD' else self.command, path)
-        except Refusal as refusal:
-            self.extra['X-Error-Message'] = refusal.message
-            if refusal.code:
-                self.extra['X-Error-Code'] = refusal.code
-            self.reply(refusal.status, {'error': refusal.message})
+        except HubError as error:
+            self.extra['X-Error-Message'] = error.message
+            if error.code:
+                self.extra['X-Error-Code'] = error.code
+            self.reply(error.status, {'error': error.message})
         hub.log.append((self.command, path, self.status, self.headers.get('Range')))
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
@@ -352,7 +352,7 @@ def _stored_by_xet(folder):
     """Yield SHA-256 and Xet hash of the files that the shards in a local store describe.
 
     A shard is a header of 48 bytes, then for each file an entry of its hash, flags and number of segments, as many
-    entries for the segments (twice as many if they have checksums), and one with its SHA-256; all entries have 48 bytes.
+    entries for the segments (twice as many if they have checksums), and one with its SHA-256. An entry has 48 bytes.
     """
     for shard in Path(folder, 'xet', 'xorbs', 'shards').glob('*.mdb'):
         data, start = shard.read_bytes(), 48

@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save
 
 import timm_sape2
-from timm_sape2.sources import fingerprint, open_model
+from timm_sape2.sources import fingerprint
 
 SIGN_IN = 'sign in with `hf auth login` or set HF_TOKEN'
 
@@ -34,14 +35,14 @@ class TestLoads:
         images = torch.randn(2, 3, 32, 48)
         assert torch.equal(model(images), package_model(images))
 
-    def test_in_a_fresh_process_and_offline_from_the_cache(self, hub, published, package_model, fresh_process):
+    def test_offline_from_the_cache_in_a_fresh_process(self, hub, published, package_model, fresh_process):
+        timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+        hub.stop()
         code = """
             import timm, timm_sape2
             from timm_sape2.sources import fingerprint
             print(fingerprint(timm.create_model('hf-hub:owner/vit', pretrained=True)))
         """
-        assert fresh_process(code) == fingerprint(package_model)
-        hub.stop()
         assert fresh_process(code, HF_HUB_OFFLINE='1') == fingerprint(package_model)
 
     @pytest.mark.parametrize('source', ['hf-hub:owner/vit', 'local-dir:{package}'])
@@ -150,9 +151,20 @@ class TestErrors:
         assert reason in message and message.endswith('`timm-sape2 hub verify` names the bad files')
 
     def test_wrong_architecture(self, hub, published):
-        self.change_config(hub, published, architecture='vit_small_sape2', num_features=384)
-        message = error('hf-hub:owner/vit')
-        assert message.startswith('hf-hub:owner/vit: config.json: ')
+        self.change_config(hub, published, architecture='vit_small_pos_learned')
+        tables = [f'blocks.{block}.attn.position.sape2.{axis}_table' for block in (0, 1) for axis in ('column', 'row')]
+        reason = f'The checkpoint does not fit, nothing was loaded; unexpected keys: {", ".join(tables)}.'
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {reason}'
+
+    def test_configuration_that_contradicts_itself(self, hub, published):
+        self.change_config(hub, published, num_classes=7)
+        reason = 'num_classes is 7, but model_args build a model with 5'
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: config.json: {reason}'
+
+    def test_weights_of_another_size(self, hub, published, package_model):
+        other = timm.create_model('test_vit_sape2', num_classes=5)
+        hub.put('owner/vit', {'model.safetensors': save(other.state_dict())})
+        assert error('hf-hub:owner/vit').startswith('hf-hub:owner/vit: The checkpoint does not fit, nothing was loaded')
 
     def test_architecture_of_a_package_that_is_not_imported(self, hub, published):
         self.change_config(hub, published, architecture='vit_of_others', plugin='other_package')

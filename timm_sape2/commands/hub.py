@@ -11,6 +11,7 @@ from ..hub.package import write_package
 from ..hub.pull import pull
 from ..hub.push import check_can_push, push_folder
 from ..hub.verify import verify
+from ..sources import REPOSITORY
 from .model_arguments import add_model_arguments, open_named_model
 from .parser import Commands
 
@@ -175,7 +176,7 @@ def write_cards(arguments: argparse.Namespace) -> None:
 
 def check_repository_name(repo_id: str) -> None:
     """Raise a ValueError for what cannot be the name of a repository."""
-    if repo_id.count('/') != 1 or not all(repo_id.split('/')):
+    if not REPOSITORY.fullmatch(repo_id):
         raise ValueError(f'the name of a repository is OWNER/NAME, not {repo_id!r}')
 
 

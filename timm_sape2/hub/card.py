@@ -159,10 +159,10 @@ Another `img_size`, `in_chans` or `num_classes` can be given to `create_model`, 
 
 def _changed_arguments(config: dict[str, Any]) -> str:
     """Return the arguments that the architecture does not have by default."""
-    cfg, arguments = get_pretrained_cfg(config['architecture']), dict(config['model_args'])
+    cfg: Any = get_pretrained_cfg(config['architecture'])
     channels, *size = cfg.input_size
     default = {'in_chans': channels, 'img_size': size, 'num_classes': cfg.num_classes, 'global_pool': 'token'}
-    changed = {key: value for key, value in arguments.items() if default.get(key) != value}
+    changed = {key: value for key, value in config['model_args'].items() if default.get(key) != value}
     return ''.join(f', {key}={tuple(value) if isinstance(value, list) else value!r}' for key, value in changed.items())
 
 

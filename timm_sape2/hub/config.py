@@ -35,6 +35,26 @@ def is_ours(architecture: str) -> bool:
     return is_model(architecture) and is_model_in_modules(architecture, ['vision_transformer_sape2'])
 
 
+def load_config(path: Path, source: str) -> dict[str, Any]:
+    """Read config.json and check it, if it is of a model of this package.
+
+    Args:
+        path: The file.
+        source: What the user asked for, with which errors begin.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is refused, see `read_config` and `check_config`.
+    """
+    try:
+        config = read_config(path)
+        if is_ours(config['architecture']):
+            check_config(config)
+    except ValueError as error:
+        raise ValueError(f'{source}: {error}') from error
+    return config
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read config.json.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 
 from ..training.run_folder import atomic_write
-from .config import check_config, read_config
+from .config import PLUGIN, is_ours, load_config
 from .errors import explained
 from .files import FILES, NEEDED, compare_files, hub_api, split_revision
 
@@ -37,7 +37,8 @@ def pull(source: str, folder: Path | None = None, overwrite: bool = False) -> Pa
         for name in NEEDED:
             if not (cached / name).is_file():
                 raise ValueError(f'{source}: the repository has no {name}')
-        check_config(read_config(cached / 'config.json'))
+        if not is_ours(load_config(cached / 'config.json', source)['architecture']):
+            raise ValueError(f'{source} is not a model of {PLUGIN}: timm.create_model loads it')
         if not constants.HF_HUB_OFFLINE:
             different = compare_files(cached, hub_api().list_repo_tree(repo_id, revision=cached.name))
             if different:
