@@ -1,6 +1,7 @@
 """`create_model`: timm's, with errors that name the way out."""
 
 import difflib
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def create_model(model_name: str, pretrained: bool = False, *args: Any, **kwargs
         plugin = _check_source(model_name, kwargs.get('cache_dir'))
         try:
             return timm.create_model(model_name, pretrained, *args, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            reason = _explain(str(error), plugin)
+        except (RuntimeError, ValueError, EOFError, OSError) as error:
+            reason = _explain(error, plugin)
             if reason is None:
                 raise
             raise ValueError(f'{model_name}: {reason}') from error
@@ -66,8 +67,9 @@ def _check_source(model_name: str, cache_dir: str | Path | None) -> str | None:
     return plugin if isinstance(plugin, str) else None
 
 
-def _explain(message: str, plugin: str | None) -> str | None:
-    """Return what an error of timm means and what to do, None if it says so itself."""
+def _explain(error: Exception, plugin: str | None) -> str | None:
+    """Return what an error of timm or torch means and what to do, None if it says so itself."""
+    message = str(error)
     if message.startswith('The checkpoint does not fit'):
         return message
     if message.startswith('Unknown model'):
@@ -79,8 +81,10 @@ def _explain(message: str, plugin: str | None) -> str | None:
         return 'no weights in the folder, model.safetensors is missing'
     if message.startswith('Error(s) in loading state_dict'):
         return f'the weights do not fit: {" ".join(message.split())}'
-    if message.startswith('weights_only=True blocked'):
+    if 'Unsupported globals' in message:
         return 'its weights are pickled Python objects, which may run code; ask the owner for model.safetensors'
-    if 'PytorchStreamReader' in message:
+    # What torch makes of bytes that make no sense depends on the bytes.
+    damaged = 'PytorchStreamReader' in message or message.startswith('weights_only=True blocked')
+    if damaged or isinstance(error, EOFError) or getattr(error, 'errno', None) == errno.EINVAL:
         return 'the file of weights is truncated or no weights'
     return None

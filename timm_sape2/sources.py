@@ -120,13 +120,15 @@ def _open_checkpoint(
     checkpoint = read_checkpoint(path)
     entry = next((key for key in (*(AVERAGES if ema else ()), *WEIGHTS) if checkpoint.get(key) is not None), None)
     state_dict = clean_state_dict(checkpoint if entry is None else checkpoint[entry])
-    args = vars(checkpoint.get('args') or argparse.Namespace())
+    args = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), argparse.Namespace) else {}
     name = model_name or args.get('model')
-    kwargs = {'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}), **model_kwargs, 'img_size': img_size}
     if name is None:
         raise ValueError(f'{path} does not say which model it is of: add --model NAME')
+    kwargs = {'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}), **model_kwargs}
     try:
-        description = _description(name, args, state_dict)
+        description = _description(name, {**args, **kwargs}, state_dict)
+        if img_size is not None:
+            kwargs['img_size'] = img_size
         model: Any = timm.create_model(name, pretrained_cfg_overlay=description, **kwargs)
         if isinstance(model, PositionVisionTransformer):
             state_dict = checkpoint_filter_fn(state_dict, model)

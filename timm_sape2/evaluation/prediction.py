@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
-from timm.data.readers import get_img_extensions
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from ..sources import TrainedModel
@@ -25,7 +25,6 @@ def find_images(sources: Iterable[str]) -> list[Path]:
     Raises:
         ValueError: If one of them names no image.
     """
-    extensions = get_img_extensions()
     found: dict[Path, None] = {}
     for source in sources:
         path = Path(source)
@@ -33,7 +32,7 @@ def find_images(sources: Iterable[str]) -> list[Path]:
             matches = [path]
         else:
             inside = path.rglob('*') if path.is_dir() else map(Path, glob.glob(source, recursive=True))
-            matches = sorted(file for file in inside if file.is_file() and file.suffix.lower() in extensions)
+            matches = sorted(file for file in inside if file.is_file() and file.suffix.lower() in IMG_EXTENSIONS)
         if not matches:
             raise ValueError(f'no image: {source}')
         found.update(dict.fromkeys(matches))

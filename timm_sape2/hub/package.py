@@ -17,7 +17,7 @@ from ..training.arguments import build_parser
 from ..training.digits import Digits
 from ..training.recipe import recipe_arguments
 from ..vit import PositionVisionTransformer
-from .card import read_metrics, read_recipe, write_card
+from .card import read_metrics, write_card
 from .config import PLUGIN, check_config, read_config
 from .files import FILES
 from .probe import PROBE, highest_logits, make_probe, probe_logits
@@ -59,7 +59,7 @@ def write_package(
     if trained.folder is not None and trained.folder.resolve() == folder.resolve():
         raise ValueError(f'{folder} is where the model comes from: choose another folder')
     measured = _find_metrics(trained, metrics)
-    recipe_content = _find_recipe(trained, recipe)
+    recipe_text = _find_recipe(trained, recipe)
     names = class_names or trained.class_names or _names_of_training(trained.training.get('args', {}))
     if names and len(names) != trained.model.num_classes:
         raise ValueError(f'{len(names)} names for the {trained.model.num_classes} classes of the model')
@@ -74,9 +74,8 @@ def write_package(
     tag = repo_id.partition('/')[2].partition('.')[2]
     write_config(folder / 'config.json', trained.model, tag, license, names)
     (folder / 'metrics.json').write_text(json.dumps(measured, indent=2) + '\n', encoding='utf-8')
-    if recipe_content:
-        text = yaml.safe_dump(recipe_content, sort_keys=False, default_flow_style=None)
-        (folder / 'train.yaml').write_text(text, encoding='utf-8')
+    if recipe_text:
+        (folder / 'train.yaml').write_text(recipe_text, encoding='utf-8')
     probe.save(folder / PROBE)
     write_card(folder, repo_id)
     _check_package(folder, trained)
@@ -139,23 +138,24 @@ def _find_metrics(trained: TrainedModel, path: Path | None) -> dict[str, Any]:
     }
 
 
-def _find_recipe(trained: TrainedModel, path: Path | None) -> dict[str, Any]:
-    """Return the recipe that the weights were trained with, {} if it is not known."""
+def _find_recipe(trained: TrainedModel, path: Path | None) -> str:
+    """Return the recipe that the weights were trained with, nothing if it is not known."""
     if path is None and trained.folder is not None and (trained.folder / 'train.yaml').exists():
         path = trained.folder / 'train.yaml'
     parser = build_parser()
     if path is not None:
         recipe_arguments(path, parser)
-        return read_recipe(path)
+        return path.read_text(encoding='utf-8')
     args: Mapping[str, Any] = trained.training.get('args', {})
     defaults = vars(parser.parse_args([]))
     if not args or set(args) - set(defaults) - ADDED_BY_TRAINING:
-        return {}  # of another script, some of whose flags train.py does not have
-    return {
+        return ''  # of another script, some of whose flags train.py does not have
+    changed = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in args.items()
         if key in defaults and key not in PRIVATE and value != defaults[key]
     }
+    return yaml.safe_dump(changed, sort_keys=False)
 
 
 def _names_of_training(args: Mapping[str, Any]) -> list[str] | None:

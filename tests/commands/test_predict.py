@@ -1,0 +1,68 @@
+"""The command `timm-sape2 predict`."""
+
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_sape2.__main__ import main
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A model with names of its classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('model')
+    model = timm.create_model('test_vit_sape2', num_classes=3)
+    timm.models.save_for_hf(model, path, {'label_names': ['ape', 'bee', 'cat']}, safe_serialization=True)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path):
+    Image.radial_gradient('L').save(tmp_path / 'circle.png')
+    return tmp_path / 'circle.png'
+
+
+def predict(*arguments):
+    return main(['predict', *map(str, arguments), '--device', 'cpu'])
+
+
+def test_one_line_for_an_image(folder, image, capsys):
+    assert predict(folder, image, '-k', 2) is None
+    path, _, classes = capsys.readouterr().out.partition(': ')
+    first, second = classes.split(', ')
+    assert path == str(image) and first.split()[0] in ('ape', 'bee', 'cat') and second.strip().endswith('%')
+
+
+def test_json(folder, image, tmp_path, capsys):
+    predict(folder, image, '--json', tmp_path / 'found.json')
+    capsys.readouterr()
+    predict(folder, image, '--json', '-')
+    (prediction,) = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / 'found.json').read_text()) == [prediction]
+    assert sorted(entry['name'] for entry in prediction['classes']) == ['ape', 'bee', 'cat']
+    assert sum(entry['probability'] for entry in prediction['classes']) == pytest.approx(1, abs=1e-5)
+
+
+def test_contact_sheet(folder, image, tmp_path):
+    predict(folder, image.parent / '*.png', '--contact-sheet', tmp_path / 'sheet.png')
+    with Image.open(tmp_path / 'sheet.png') as sheet:
+        assert sheet.format == 'PNG' and sheet.width == 180
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['none.png'], 'no image: none.png'),
+        (['{image}', '--top-k', '0'], "argument -k/--top-k: must be a whole number above 0, not '0'"),
+        (['{image}', '--contact-sheet', 'no/where/sheet.png'], "[Errno 2] No such file or directory: 'no/where"),
+    ],
+)
+def test_errors(folder, image, capsys, arguments, message):
+    with pytest.raises(SystemExit) as leaving:
+        predict(folder, *(argument.format(image=image) for argument in arguments))
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f'timm-sape2: error: {message}')

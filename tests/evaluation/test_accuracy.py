@@ -1,0 +1,87 @@
+"""Accuracy as timm's validate.py computes it."""
+
+import logging
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from timm_sape2.evaluation.accuracy import measure_accuracy
+from timm_sape2.sources import TrainedModel, fingerprint
+from timm_sape2.training.digits import Digits
+
+
+class Answers(nn.Module):
+    """Gives the logits of a table in the order in which images come, whatever they show."""
+
+    num_classes = 3
+
+    def __init__(self, logits, names=None):
+        super().__init__()
+        self.logits, self.next = logits, 0
+        self.pretrained_cfg = {'input_size': (1, 8, 8), 'mean': (0.5,), 'std': (0.5,), 'label_names': names}
+
+    def forward(self, images):
+        self.next += len(images)
+        return self.logits[self.next - len(images) : self.next]
+
+
+class Images(torch.utils.data.Dataset):
+    """Black images with the given targets, and names of the classes or not."""
+
+    transform = None
+
+    def __init__(self, targets, classes=None):
+        self.targets = targets
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.transform(Image.new('L', (8, 8))), self.targets[index]
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0], [5.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+TARGETS = [0, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 3, 5, 100])
+def test_by_hand(batch_size):
+    """Three of five are right, whatever the batches are; the mean of the losses is that over images."""
+    measured = measure_accuracy(TrainedModel(Answers(LOGITS)), Images(TARGETS), batch_size, workers=0)
+    assert measured['top1'] == 60.0 and measured['top5'] == 100.0 and measured['num_images'] == 5
+    assert measured['loss'] == pytest.approx(
+        nn.functional.cross_entropy(LOGITS, torch.tensor(TARGETS)).item(), abs=1e-6
+    )
+
+
+def test_a_real_model_on_the_digits():
+    torch.manual_seed(0)
+    model = timm.create_model('test_vit_sape2', img_size=16, patch_size=4, num_classes=10, in_chans=1).eval()
+    measured = measure_accuracy(TrainedModel(model), Digits('validation'), 100, workers=0)
+    assert measured['num_images'] == len(Digits('validation')) and 0 <= measured['top1'] <= measured['top5'] <= 100
+    assert measured['fingerprint'] == fingerprint(model) and measured['versions']['timm'] == timm.__version__
+
+
+def test_the_classes_must_be_those_of_the_model(caplog):
+    def measure(classes, names=None):
+        data = Images(TARGETS, classes)
+        return measure_accuracy(TrainedModel(Answers(LOGITS, names)), data, workers=0)['top1']
+
+    assert measure(['a', 'b', 'c'], ['a', 'b', 'c']) == 60.0
+    with pytest.raises(ValueError, match='the data has 2 classes, the model 3'):
+        measure(['a', 'b'])
+    with pytest.raises(ValueError, match='the data has the classes of the model in another order'):
+        measure(['a', 'c', 'b'], ['a', 'b', 'c'])
+    with caplog.at_level(logging.WARNING):
+        assert measure(['x', 'b', 'c'], ['a', 'b', 'c']) == 60.0
+    assert "The data names 1 classes as the model does not, such as 'x'; only their order counts" in caplog.text
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match='the data set has no images'):
+        measure_accuracy(TrainedModel(Answers(LOGITS)), Images([]), workers=0)

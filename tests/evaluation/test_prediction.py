@@ -1,0 +1,112 @@
+"""Predictions for images, folders and patterns, and the contact sheet."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_sape2.evaluation.prediction import class_label, contact_sheet, find_images, predict
+from timm_sape2.sources import TrainedModel
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """Folder of seven images of several formats, shapes and modes, in two folders, and a text."""
+    folder = tmp_path_factory.mktemp('photos')
+    random = np.random.default_rng(0)
+    shapes = {
+        'b.png': (40, 60, 3),
+        'a.jpg': (64, 32, 3),
+        'c.PNG': (1, 9, 3),
+        'sub/d.webp': (33, 33, 3),
+        'sub/g.png': (20, 20),
+    }
+    (folder / 'sub').mkdir()
+    for name, shape in shapes.items():
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    Image.new('RGBA', (20, 30), (0, 0, 0, 0)).save(folder / 'sub' / 'e.png')
+    Image.new('P', (20, 30)).save(folder / 'sub' / 'f.bmp')
+    (folder / 'notes.txt').write_text('no image')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def trained():
+    torch.manual_seed(0)
+    model = timm.create_model('test_vit_sape2', num_classes=4).eval()
+    model.pretrained_cfg['label_names'] = ['ape', 'bee', 'cat', 'dog']
+    return TrainedModel(model)
+
+
+def names(paths):
+    return [path.name for path in paths]
+
+
+class TestFindImages:
+    def test_files_folders_and_patterns(self, photos):
+        assert names(find_images([str(photos / 'b.png')])) == ['b.png']
+        assert names(find_images([str(photos / 'sub')])) == ['d.webp', 'e.png', 'f.bmp', 'g.png']
+        assert len(find_images([str(photos)])) == 7
+        assert names(find_images([str(photos / '*.p*')])) == ['b.png']
+        assert names(find_images([str(photos / '**' / '*.png')])) == ['b.png', 'e.png', 'g.png']
+
+    def test_each_once(self, photos):
+        assert names(find_images([str(photos / 'b.png'), str(photos), str(photos / 'b.png')])).count('b.png') == 1
+
+    @pytest.mark.parametrize('source', ['none.png', '*.gif', ''])
+    def test_what_names_no_image(self, photos, source, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match='no image: '):
+            find_images([str(photos), source])
+
+
+class TestPredict:
+    def test_by_the_definition(self, trained, photos):
+        """The likeliest classes are those of the softmax over the logits of the transformed image."""
+        (prediction,) = predict(trained, [photos / 'b.png'], top_k=2)
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(trained.model))
+        with torch.no_grad():
+            expected = trained.model(transform(Image.open(photos / 'b.png'))[None]).softmax(-1)[0]
+        best = expected.argsort(descending=True)[:2].tolist()
+        assert prediction['image'] == str(photos / 'b.png')
+        assert [entry['index'] for entry in prediction['classes']] == best
+        assert [entry['name'] for entry in prediction['classes']] == [['ape', 'bee', 'cat', 'dog'][i] for i in best]
+        assert prediction['classes'][0]['probability'] == pytest.approx(expected[best[0]].item(), abs=1e-6)
+
+    def test_batches_and_the_number_of_classes_change_nothing(self, trained, photos):
+        paths = find_images([str(photos)])
+        whole, parts = list(predict(trained, paths, 9)), list(predict(trained, paths, 9, batch_size=3))
+        assert [entry['image'] for entry in whole] == list(map(str, paths))
+        for one, other in zip(whole, parts, strict=True):
+            assert [entry['index'] for entry in one['classes']] == [entry['index'] for entry in other['classes']]
+            assert sum(entry['probability'] for entry in one['classes']) == pytest.approx(1, abs=1e-5)
+            assert len(one['classes']) == 4
+
+    def test_without_names(self, photos):
+        model = TrainedModel(timm.create_model('test_vit_sape2', num_classes=3, in_chans=1).eval())
+        (prediction,) = predict(model, [photos / 'a.jpg'], top_k=1)
+        assert prediction['classes'][0]['name'] is None
+        assert class_label({'name': None, 'index': 2}) == 'class 2'
+
+    @pytest.mark.parametrize('content', [b'', b'text', 'truncated'])
+    def test_what_is_no_image(self, trained, photos, tmp_path, content):
+        whole = (photos / 'b.png').read_bytes()
+        (tmp_path / 'bad.png').write_bytes(whole[: len(whole) // 2] if content == 'truncated' else content)
+        with pytest.raises(ValueError, match=r'bad.png cannot be read as an image: '):
+            list(predict(trained, [photos / 'b.png', tmp_path / 'bad.png']))
+
+
+def test_contact_sheet(trained, photos):
+    """Seven images in rows of five; below an image, its name and its likeliest classes."""
+    predictions = list(predict(trained, find_images([str(photos)])))
+    sheet = contact_sheet(predictions)
+    assert sheet.size == (5 * 170 + 10, 2 * (160 + 4 * 15 + 10) + 10)
+    pixels = np.asarray(sheet.convert('L'))
+    assert pixels[10:170, 10:170].std() > 10 and pixels[172:232, 10:170].min() < 128
+    assert (pixels[240:, 400:] == 255).all()
+    one = contact_sheet(predictions[:1], classes=1)
+    assert one.size == (180, 160 + 2 * 15 + 10 + 10)
+    assert Path(predictions[0]['image']).exists()

@@ -1,0 +1,137 @@
+"""The folder that the Hub gets."""
+
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+
+from timm_sape2.hub.files import FILES
+from timm_sape2.hub.package import write_package
+from timm_sape2.sources import TrainedModel, open_model
+from timm_sape2.training.arguments import parse_arguments
+
+
+@pytest.fixture
+def trained(checkpoint):
+    return open_model(str(checkpoint))
+
+
+def error(*args, **kwargs):
+    with pytest.raises(ValueError) as raised:
+        write_package(*args, **kwargs)
+    return str(raised.value)
+
+
+def test_its_files(package):
+    assert sorted(file.name for file in package.iterdir()) == sorted(FILES)
+
+
+def test_the_configuration(package, trained):
+    config = json.loads((package / 'config.json').read_text())
+    assert config['plugin'] == 'timm_sape2'
+    assert config['model_args']['embed_dim'] == 32 and config['model_args']['img_size'] == [32, 48]
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 48]
+    assert config['pretrained_cfg']['tag'] is None
+
+
+def test_metrics_come_from_the_checkpoint(package):
+    metrics = json.loads((package / 'metrics.json').read_text())
+    assert metrics['top1'] == 61.5 and metrics['measured_by'] == 'training, after epoch 6'
+
+
+def test_the_recipe_comes_from_the_checkpoint_and_train_py_takes_it(package, tmp_path):
+    recipe = yaml.safe_load((package / 'train.yaml').read_text())
+    assert recipe['epochs'] == 7 and recipe['lr'] == 0.002 and recipe['model'] == 'test_vit_sape2'
+    args = parse_arguments(['-c', str(package / 'train.yaml')], tmp_path)
+    assert args.img_size == (32, 48) and args.model_kwargs['embed_dim'] == 32
+
+
+def test_nothing_of_the_machine_is_in_it(package):
+    for file in package.iterdir():
+        assert b'somebody' not in file.read_bytes() and b'secret-project' not in file.read_bytes(), file.name
+
+
+def test_own_license_class_names_recipe_and_metrics(trained, package, tmp_path):
+    recipe, metrics = tmp_path / 'mine.yaml', tmp_path / 'mine.json'
+    recipe.write_text('epochs: 3\n')
+    measured = json.loads((package / 'metrics.json').read_text())
+    metrics.write_text(json.dumps(measured | {'top1': 62.0}))
+    names = ['rose', 'tulip', 'lily', 'iris', 'poppy']
+    folder = tmp_path / 'folder'
+    write_package(folder, trained, 'owner/vit.flowers', 'cc-by-4.0', metrics, recipe, names)
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['label_names'] == names
+    assert config['pretrained_cfg']['license'] == 'cc-by-4.0' and config['pretrained_cfg']['tag'] == 'flowers'
+    assert (folder / 'train.yaml').read_text() == 'epochs: 3\n'
+    assert '| top-1 accuracy | 62.00 % |' in (folder / 'README.md').read_text()
+    assert open_model(str(folder)).class_names == names
+
+
+def test_classes_and_recipe_of_the_digits(tmp_path):
+    model = timm.create_model('vit_compact_sape2_patch4_32', img_size=16).eval()
+    args = {'dataset': 'digits', 'num_classes': 10, 'model': 'vit_compact_sape2_patch4_32', 'val_split': 'validation'}
+    write_package(tmp_path, TrainedModel(model, training={'args': args, 'epoch': 1, 'metric': 9.5}), 'owner/vit.digits')
+    assert open_model(str(tmp_path)).class_names == list('0123456789')
+    assert 'It was trained on the handwritten digits of scikit-learn.' in (tmp_path / 'README.md').read_text()
+
+
+def test_classes_of_a_folder_that_is_still_there(trained, tmp_path):
+    for name in ('b10', 'b9', 'a', 'c', 'd'):
+        (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
+    args = {'data_dir': str(tmp_path / 'data'), 'train_split': 'train', 'num_classes': 5}
+    write_package(tmp_path / 'out', TrainedModel(trained.model, training={'args': args}), 'owner/vit')
+    assert open_model(str(tmp_path / 'out')).class_names == ['a', 'b9', 'b10', 'c', 'd']
+
+
+def test_flags_of_another_script_are_no_recipe(trained, tmp_path):
+    args = dict(trained.training['args'], log_wandb=True)
+    write_package(tmp_path, TrainedModel(trained.model, training={'args': args}), 'owner/vit')
+    assert not (tmp_path / 'train.yaml').exists()
+
+
+def test_gray_images(tmp_path):
+    model = timm.create_model('test_vit_sape2', in_chans=1, num_classes=3).eval()
+    write_package(tmp_path, TrainedModel(model), 'owner/vit')
+    assert open_model(str(tmp_path)).data_config['input_size'] == (1, 64, 64)
+
+
+class TestRefusals:
+    def test_models_of_timm(self, tmp_path):
+        model = TrainedModel(timm.create_model('test_vit').eval())
+        message = 'VisionTransformer is not a model of timm_sape2; timm.models.push_to_hf_hub pushes it'
+        assert error(tmp_path, model, 'owner/vit') == message
+
+    def test_weights_that_are_not_finite(self, tmp_path):
+        model = timm.create_model('test_vit_sape2').eval()
+        with torch.no_grad():
+            model.head.bias[0] = float('nan')
+        assert error(tmp_path, TrainedModel(model), 'owner/vit') == 'weights that are not finite: head.bias'
+
+    def test_metrics_of_other_weights(self, trained, tmp_path):
+        (tmp_path / 'metrics.json').write_text('{"top1": 99.9, "fingerprint": "abc"}')
+        message = f'{tmp_path}/metrics.json was measured on other weights: run `timm-sape2 validate --json` on these'
+        assert error(tmp_path / 'out', trained, 'owner/vit', metrics=tmp_path / 'metrics.json') == message
+
+    def test_recipes_that_train_py_does_not_take(self, trained, tmp_path):
+        (tmp_path / 'train.yaml').write_text('epochz: 3\n')
+        message = f"{tmp_path}/train.yaml: unknown key 'epochz' (did you mean 'epochs'?)"
+        assert error(tmp_path / 'out', trained, 'owner/vit', recipe=tmp_path / 'train.yaml') == message
+
+    def test_too_few_class_names(self, trained, tmp_path):
+        message = '2 names for the 5 classes of the model'
+        assert error(tmp_path / 'out', trained, 'owner/vit', class_names=['a', 'b']) == message
+
+    def test_channels_that_images_do_not_have(self, tmp_path):
+        model = timm.create_model('test_vit_sape2', in_chans=4).eval()
+        message = 'the model takes 4 channels, but images have 1 or 3'
+        assert error(tmp_path, TrainedModel(model), 'owner/vit') == message
+
+    def test_the_folder_that_the_model_comes_from(self, package, tmp_path):
+        message = f'{package} is where the model comes from: choose another folder'
+        assert error(package, open_model(str(package)), 'owner/vit') == message
+
+    def test_nothing_is_written_before(self, trained, tmp_path):
+        error(tmp_path / 'out', trained, 'owner/vit', class_names=['a'])
+        assert not (tmp_path / 'out').exists()

@@ -1,0 +1,127 @@
+"""The published configurations in hub_configs: each loads as it stands, agrees with the registry, and trains."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import get_pretrained_cfg
+
+import timm_sape2
+from timm_sape2.hub.card import make_card
+from timm_sape2.hub.config import check_config
+from timm_sape2.hub.package import write_config
+from timm_sape2.training import loaders
+from timm_sape2.training.arguments import parse_arguments
+from timm_sape2.training.model import build_model, create_optimizer
+from timm_sape2.training.task import ResumableTask
+
+FOLDERS = sorted((Path(__file__).parents[2] / 'hub_configs').iterdir())
+WANTED = {
+    *('vit_small_sape2_patch4_32.cifar10', 'vit_small_sape2_patch4_32.cifar100'),
+    *('vit_compact_sape2_patch4_32.cifar10', 'vit_compact_sape2_patch4_32.digits'),
+    *('vit_tiny_sape2.in1k', 'vit_small_sape2.in1k', 'vit_base_sape2.in1k'),
+}
+
+pytestmark = pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+
+
+class RandomImages(torch.utils.data.Dataset):
+    """Two images of noise, of the classes 0 and 1."""
+
+    transform = None
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        return self.transform(Image.fromarray(pixels)), index
+
+
+def recipe(folder, *flags):
+    return parse_arguments(['-c', str(folder / 'train.yaml'), *flags], Path())
+
+
+def config_of(folder):
+    return json.loads((folder / 'config.json').read_text())
+
+
+def test_all_are_there(folder):
+    assert {folder.name for folder in FOLDERS} >= WANTED
+    assert {'config.json', 'train.yaml', 'README.md'} <= {file.name for file in folder.iterdir()}
+
+
+def test_it_loads_as_it_stands(folder):
+    config = config_of(folder)
+    for create_model in (timm.create_model, timm_sape2.create_model):
+        model = create_model(f'local-dir:{folder}', pretrained=False, device='meta')
+        assert model.pretrained_cfg['architecture'] == config['architecture'] == folder.name.partition('.')[0]
+        assert model.pretrained_cfg['tag'] == folder.name.partition('.')[2]
+        assert (model.num_classes, model.num_features) == (config['num_classes'], config['num_features'])
+
+
+def test_it_is_what_the_registry_says(folder):
+    config = config_of(folder)
+    registered = get_pretrained_cfg(config['architecture']).to_dict(remove_source=True)
+    exported = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config['pretrained_cfg'].items()
+    }
+    allowed = {'tag', 'num_classes'} | ({'input_size'} if recipe(folder).img_size else set())
+    assert registered.keys() <= exported.keys() | {'architecture'}
+    different = {key for key in exported if exported[key] != registered.get(key)}
+    assert different <= allowed
+    assert not timm.models.get_pretrained_cfg(config['architecture']).has_weights
+
+
+def test_timm_ignores_no_key(folder):
+    """timm drops unknown keys at the top, and no other key may be without an effect; `plugin` is for people."""
+    config = config_of(folder)
+    check_config(config)
+    for place in (config, config['model_args'], config['pretrained_cfg']):
+        place['surprise'] = 1
+        with pytest.raises(ValueError, match="unknown 'surprise'"):
+            check_config(config)
+        del place['surprise']
+    assert config['plugin'] == 'timm_sape2'
+
+
+def test_it_is_exactly_what_the_model_of_the_recipe_exports(folder, tmp_path):
+    with torch.device('meta'):
+        model = build_model(recipe(folder))
+    write_config(
+        tmp_path / 'config.json', model, folder.name.partition('.')[2], None, config_of(folder).get('label_names')
+    )
+    assert (tmp_path / 'config.json').read_text() == (folder / 'config.json').read_text()
+
+
+def test_the_card_is_up_to_date(folder):
+    assert (folder / 'README.md').read_text() == make_card(folder), 'run `timm-sape2 hub card hub_configs/*`'
+    if not (folder / 'model.safetensors').exists():
+        assert '**No weights are published.**' in (folder / 'README.md').read_text()
+
+
+def test_its_recipe_trains_one_step(folder):
+    args = recipe(folder, '--device', 'cpu', '--batch-size', '2', '--workers', '0', '--aug-repeats', '0', '--no-amp')
+    args.distributed, args.world_size, args.rank = False, 1, 0
+    device = torch.device('cpu')
+    model = build_model(args)
+    args.num_classes = model.num_classes
+    mixup = loaders.create_mixup(args, args.num_classes, device)
+    loader = loaders.create_train_loader(args, RandomImages(), loaders.resolve_data(args, model), device, mixup)
+    images, targets = next(iter(loader))
+    images, targets = mixup(images, targets) if mixup else (images, targets)
+    loss = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixup is not None)
+    task, optimizer = (
+        ResumableTask(model, criterion_kwargs=loss, device=device, verbose=False),
+        create_optimizer(args, model),
+    )
+    before = model.head.weight.clone()
+    value = task(images, targets)['loss']
+    value.backward()
+    optimizer.step()
+    assert torch.isfinite(value) and not torch.equal(model.head.weight, before)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
