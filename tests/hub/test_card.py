@@ -87,7 +87,9 @@ def test_nothing_is_claimed_without_weights_and_metrics(folder):
 
 def test_metrics_without_weights_are_those_of_a_run(folder):
     (folder / 'model.safetensors').unlink()
-    assert 'A run with the recipe below, whose weights are not published' in make_card(folder)
+    card = make_card(folder)
+    assert 'A run with the recipe below, whose weights are not published' in card
+    assert 'model-index' not in card
 
 
 def test_the_recipe_is_shown_as_it_is(folder):

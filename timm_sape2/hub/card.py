@@ -63,7 +63,7 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
     ]
     if metrics.get('probe'):
         sections.append(f'## Check\n\n{_check(config, metrics["probe"], repo_id)}')
-    return f'---\n{_metadata(name, config, metrics)}\n---\n' + '\n\n'.join(sections) + '\n'
+    return f'---\n{_metadata(name, config, metrics, has_weights)}\n---\n' + '\n\n'.join(sections) + '\n'
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -96,8 +96,11 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """Return the YAML that the Hub reads: how it files the model, and the numbers that `verify` compares."""
+def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any], has_weights: bool) -> str:
+    """Return the YAML that the Hub reads: how it files the model, and the numbers that `verify` compares.
+
+    Accuracy is what weights have: without weights there is none to compare with other models.
+    """
     cfg = config['pretrained_cfg']
     hub_dataset = DATASETS.get(cfg.get('tag'), ('', None))[1]
     results = [
@@ -111,7 +114,7 @@ def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any]) -> str
             metric_value=metrics[key],
         )
         for key in ('top1', 'top5')
-        if key in metrics and 'dataset' in metrics
+        if has_weights and key in metrics and 'dataset' in metrics
     ]
     probe = {int(index): value for index, value in metrics.get('probe', {}).items()}
     extra: dict[str, Any] = {'probe': {'image': PROBE, 'logits': probe}} if probe else {}
