@@ -92,10 +92,10 @@ class TestErrors:
 
     def test_a_package_that_is_not_imported(self, folder):
         path = folder(architecture='vit_of_others', plugin='others')
-        reason = 'unknown model (vit_of_others): `import others` before creating it'
+        reason = "unknown architecture 'vit_of_others': `import others` before creating it"
         assert error(f'local-dir:{path}') == f'local-dir:{path}: {reason}'
-        path = folder(architecture='vit_of_others', plugin={'import': 3})
-        reason = 'unknown model (vit_of_others): import the package that registers it before creating it'
+        path = folder(architecture='vit_of_others', plugin='\x1b[2J; rm')
+        reason = "unknown architecture 'vit_of_others': import the package that registers it before creating it"
         assert error(f'local-dir:{path}') == f'local-dir:{path}: {reason}'
 
     def test_a_size_that_does_not_match(self, folder):

@@ -33,18 +33,18 @@ def create_model(model_name: str, pretrained: bool = False, *args: Any, **kwargs
         TypeError: For an argument that the model does not have.
     """
     with explained(model_name):
-        plugin = _check_source(model_name, kwargs.get('cache_dir'))
+        _check_source(model_name, kwargs.get('cache_dir'))
         try:
             return timm.create_model(model_name, pretrained, *args, **kwargs)
         except (RuntimeError, ValueError, EOFError, OSError) as error:
-            reason = _explain(error, plugin)
+            reason = _explain(error)
             if reason is None:
                 raise
             raise ValueError(f'{model_name}: {reason}') from error
 
 
-def _check_source(model_name: str, cache_dir: str | Path | None) -> str | None:
-    """Check what can be checked before timm takes over; return the package that config.json names, if it does."""
+def _check_source(model_name: str, cache_dir: str | Path | None) -> None:
+    """Check what can be checked before timm takes over."""
     source, name = parse_model_name(model_name)
     if source is None:
         architecture, _ = split_model_name_tag(name)
@@ -52,7 +52,7 @@ def _check_source(model_name: str, cache_dir: str | Path | None) -> str | None:
             close = difflib.get_close_matches(architecture, list_models(), n=3, cutoff=0.5)
             hint = f'; close names: {", ".join(close)}' if close else ''
             raise ValueError(f'{name}: no such model, or a package that registers it is still to be imported{hint}')
-        return None
+        return
     if source == 'local-dir':
         path = Path(name, 'config.json')
         if not path.is_file():
@@ -63,18 +63,17 @@ def _check_source(model_name: str, cache_dir: str | Path | None) -> str | None:
         repo_id, _, revision = name.partition('@')
         path = Path(hf_hub_download(repo_id, 'config.json', revision=revision or None, cache_dir=cache_dir))
     config = load_config(path, model_name)
-    plugin = config.get('plugin')
-    return plugin if isinstance(plugin, str) else None
+    if not is_model(config['architecture']):
+        plugin = str(config.get('plugin', ''))
+        package = f'`import {plugin}`' if plugin.isidentifier() else 'import the package that registers it'
+        raise ValueError(f'{model_name}: unknown architecture {config["architecture"]!r}: {package} before creating it')
 
 
-def _explain(error: Exception, plugin: str | None) -> str | None:
+def _explain(error: Exception) -> str | None:
     """Return what an error of timm or torch means and what to do, None if it says so itself."""
     message = str(error)
     if message.startswith('The checkpoint does not fit'):
         return message
-    if message.startswith('Unknown model'):
-        package = f'`import {plugin}`' if plugin else 'import the package that registers it'
-        return f'{message[0].lower()}{message[1:]}: {package} before creating it'
     if message.startswith('No pretrained weights exist'):
         return 'no weights are published under this name; hf-hub:OWNER/NAME and local-dir:FOLDER name some'
     if message.startswith('No suitable checkpoints'):

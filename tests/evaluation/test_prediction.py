@@ -110,3 +110,9 @@ def test_contact_sheet(trained, photos):
     one = contact_sheet(predictions[:1], classes=1)
     assert one.size == (180, 160 + 2 * 15 + 10 + 10)
     assert Path(predictions[0]['image']).exists()
+
+
+def test_a_contact_sheet_is_to_be_looked_at(trained, photos):
+    predictions = list(predict(trained, [photos / 'b.png']))
+    with pytest.raises(ValueError, match='a contact sheet has room for 1000 images, not for 1001'):
+        contact_sheet(predictions * 1001)

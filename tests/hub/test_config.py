@@ -37,8 +37,12 @@ def test_what_the_package_writes_is_accepted(config):
         ({'num_classes': 6}, 'config.json: num_classes is 6, but model_args build a model with 5'),
         ({'num_features': 64}, 'config.json: num_features is 64, but model_args build a model with 32'),
         ({'global_pool': 'avg'}, "config.json: global_pool is 'avg', but model_args build a model with 'token'"),
-        ({'label_names': ['a']}, 'config.json: label_names must be 5 strings, one for each class'),
-        ({'label_names': [1, 2, 3, 4, 5]}, 'config.json: label_names must be 5 strings, one for each class'),
+        ({'label_names': ['a']}, 'config.json: label_names must be 5 lines of text, one for each class'),
+        (
+            {'label_names': ['a', 'b', 'c', 'd', '\x1b[2J']},
+            'config.json: label_names must be 5 lines of text, one for each class',
+        ),
+        ({'label_names': [1, 2, 3, 4, 5]}, 'config.json: label_names must be 5 lines of text, one for each class'),
         ({'model_args': []}, "config.json: 'model_args' must be dict, not []"),
     ],
 )

@@ -168,7 +168,7 @@ class TestErrors:
 
     def test_architecture_of_a_package_that_is_not_imported(self, hub, published):
         self.change_config(hub, published, architecture='vit_of_others', plugin='other_package')
-        expected = 'unknown model (vit_of_others): `import other_package` before creating it'
+        expected = "unknown architecture 'vit_of_others': `import other_package` before creating it"
         assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {expected}'
 
     def test_unknown_model_args(self, hub, published):

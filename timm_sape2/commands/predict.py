@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..evaluation.prediction import class_label, contact_sheet, find_images, predict
+from ..evaluation.prediction import check_contact_sheet, class_label, contact_sheet, find_images, predict
 from ..training.arguments import positive_int
 from ..training.hardware import device_name
 from ..training.run_folder import atomic_write
@@ -41,6 +41,8 @@ def run_predict(arguments: argparse.Namespace) -> None:
     """Predict and report."""
     device = device_name(arguments.device)
     paths = find_images(arguments.images)
+    if arguments.contact_sheet:
+        check_contact_sheet(len(paths))
     trained = open_named_model(arguments, arguments.source)
     predictions = list(predict(trained, paths, arguments.top_k, arguments.batch_size, device))
     if arguments.json != '-':

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..sources import TrainedModel
 
 TILE = 160  # pixels, side of an image on the contact sheet
-LINE = 15
+LINE = 15  # pixels, height of a line of text
+MOST_IMAGES = 1000
 
 
 def find_images(sources: Iterable[str]) -> list[Path]:
@@ -101,7 +102,11 @@ def contact_sheet(predictions: Sequence[dict[str, Any]], columns: int = 5, class
         predictions: What `predict` yields.
         columns: Images beside each other.
         classes: Classes to write below an image.
+
+    Raises:
+        ValueError: If there are too many images to look at.
     """
+    check_contact_sheet(len(predictions))
     classes = min(classes, len(predictions[0]['classes']))
     columns = min(columns, len(predictions))
     height = TILE + (classes + 1) * LINE + 10
@@ -110,7 +115,8 @@ def contact_sheet(predictions: Sequence[dict[str, Any]], columns: int = 5, class
     for index, prediction in enumerate(predictions):
         x, y = 10 + index % columns * (TILE + 10), 10 + index // columns * height
         with Image.open(prediction['image']) as image:
-            tile = ImageOps.pad(image.convert('RGB'), (TILE, TILE), Image.Resampling.NEAREST, color='whitesmoke')
+            resampling = Image.Resampling.LANCZOS if max(image.size) > TILE else Image.Resampling.NEAREST
+            tile = ImageOps.pad(image.convert('RGB'), (TILE, TILE), resampling, color='whitesmoke')
         sheet.paste(tile, (x, y))
         lines = [Path(prediction['image']).name]
         lines += [f'{c["probability"]:6.1%} {class_label(c)}' for c in prediction['classes'][:classes]]
@@ -118,6 +124,12 @@ def contact_sheet(predictions: Sequence[dict[str, Any]], columns: int = 5, class
             text = textwrap.shorten(line, 26, placeholder='...') if ' ' in line.strip() else line[:26]
             draw.text((x, y + TILE + 2 + row * LINE), text, 'gray' if row == 0 else 'black', font)
     return sheet
+
+
+def check_contact_sheet(num_images: int) -> None:
+    """Raise a ValueError if a contact sheet would have too many images."""
+    if num_images > MOST_IMAGES:
+        raise ValueError(f'a contact sheet has room for {MOST_IMAGES} images, not for {num_images}')
 
 
 def class_label(entry: dict[str, Any]) -> str:

@@ -123,8 +123,9 @@ def _check_labels(config: dict[str, Any]) -> None:
     names = config.get('label_names')
     if names is None:
         return
-    if not all(isinstance(name, str) for name in names) or len(names) != config['num_classes']:
-        raise ValueError(f'config.json: label_names must be {config["num_classes"]} strings, one for each class')
+    printable = all(isinstance(name, str) and name.isprintable() for name in names)
+    if not printable or len(names) != config['num_classes']:
+        raise ValueError(f'config.json: label_names must be {config["num_classes"]} lines of text, one for each class')
 
 
 def _check_built_model(config: dict[str, Any]) -> None:
