@@ -116,6 +116,8 @@ def test_class_names_cannot_break_the_card(folder):
         ('{"top1": "98"}', "top1 cannot be '98'"),
         ('{"top1": NaN}', 'top1 cannot be nan'),
         ('{"accuracy": 98}', "unknown 'accuracy'"),
+        ('{"probe": {"a": 1.0}}', "probe cannot have 'a': 1.0"),
+        ('{"probe": {"1": "high"}}', "probe cannot have '1': 'high'"),
     ],
 )
 def test_metrics_that_are_none(tmp_path, content, message):
@@ -123,6 +125,12 @@ def test_metrics_that_are_none(tmp_path, content, message):
     with pytest.raises(ValueError) as raised:
         read_metrics(tmp_path / 'metrics.json')
     assert message in str(raised.value)
+
+
+def test_a_probe_of_more_classes(folder):
+    (folder / 'metrics.json').write_text('{"probe": {"5": 1.0}}')
+    with pytest.raises(ValueError, match='probe has classes that the model does not have, it has 5'):
+        make_card(folder)
 
 
 def test_written_all_at_once(folder):

@@ -108,6 +108,11 @@ def test_model_args_that_build_nothing(config, arguments, reason):
     [
         ({'mean': 'red'}, "mean of pretrained_cfg must be a list of numbers, not 'red'"),
         ({'std': [1, 0, 1]}, 'std of pretrained_cfg must be a list of numbers, not [1, 0, 1]'),
+        ({'mean': []}, 'mean of pretrained_cfg must be a list of numbers, not []'),
+        ({'crop_pct': '1'}, "crop_pct of pretrained_cfg must be a number, not '1'"),
+        ({'crop_pct': -1}, 'crop_pct of pretrained_cfg must be a number, not -1'),
+        ({'license': ['mit']}, "license of pretrained_cfg must be a line of text, not ['mit']"),
+        ({'tag': 'a\nb'}, "tag of pretrained_cfg must be a line of text, not 'a\\nb'"),
         ({'mean': [float('nan')]}, 'mean of pretrained_cfg must be a list of numbers, not [nan]'),
         ({'input_size': [3, 64, 64]}, 'input_size is [3, 64, 64], but model_args build a model with [3, 32, 48]'),
     ],
@@ -115,6 +120,12 @@ def test_model_args_that_build_nothing(config, arguments, reason):
 def test_preprocessing(config, values, message):
     config['pretrained_cfg'].update(values)
     assert refusal(config) == f'config.json: {message}'
+
+
+@pytest.mark.parametrize('key', ['input_size', 'mean', 'std', 'crop_pct', 'interpolation'])
+def test_preprocessing_is_complete(config, key):
+    del config['pretrained_cfg'][key]
+    assert refusal(config) == f'config.json: pretrained_cfg: no {key!r}'
 
 
 @pytest.mark.parametrize('text', ['', '{', '[' * 100_000, '{"architecture": 3}', '[]', 'null', '\xff'])

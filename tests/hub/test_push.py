@@ -61,6 +61,7 @@ class TestArrives:
             capsys.readouterr().out
             == f"""\
 Packed the moving average of the weights of {checkpoint}; they load and give the same logits.
+The card gives them the license apache-2.0; --license NAME changes that.
 Pushed: {hub.url}/{REPO}/commit/{sha}
 Load it, after `import timm, timm_sape2`:
   timm.create_model('hf-hub:{REPO}', pretrained=True)
@@ -116,7 +117,7 @@ Verify it:
         push(checkpoint, '--to', REPO, '--dry-run')
         assert hub.log == []
         folder = 'output/hub/vit_tiny.test'
-        assert capsys.readouterr().out.splitlines()[1] == (
+        assert capsys.readouterr().out.splitlines()[2] == (
             f'Nothing was sent. The folder is {folder}, its card {folder}/README.md'
         )
         timm.create_model(f'local-dir:{folder}', pretrained=True)

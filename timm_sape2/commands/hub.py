@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from ..hub.card import write_card
+from ..hub.config import read_config
 from ..hub.files import split_revision
 from ..hub.package import write_package
 from ..hub.pull import pull
@@ -85,7 +86,9 @@ def push(arguments: argparse.Namespace) -> None:
             arguments.folder or (f'output/hub/{repo_id.partition("/")[2]}' if arguments.dry_run else temporary)
         )
         write_package(folder, trained, repo_id, arguments.license, arguments.metrics, arguments.recipe, names)
+        license = read_config(folder / 'config.json')['pretrained_cfg'].get('license')
         print(f'Packed the {trained.weights} of {arguments.checkpoint}; they load and give the same logits.')
+        print(f'The card gives them the license {license}; --license NAME changes that.')
         if arguments.dry_run:
             print(f'Nothing was sent. The folder is {folder}, its card {folder / "README.md"}')
             return

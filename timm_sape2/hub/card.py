@@ -93,6 +93,9 @@ def read_metrics(path: Path) -> dict[str, Any]:
             raise ValueError(f'{path}: unknown {key!r}')
         if not isinstance(value, known[key]) or (key in METRICS and not math.isfinite(value)):
             raise ValueError(f'{path}: {key} cannot be {value!r}')
+    for index, logit in metrics.get('probe', {}).items():
+        if not index.isdigit() or not isinstance(logit, (int, float)) or not math.isfinite(logit):
+            raise ValueError(f'{path}: probe cannot have {index!r}: {logit!r}')
     return metrics
 
 
@@ -116,7 +119,7 @@ def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any], has_we
         for key in ('top1', 'top5')
         if has_weights and key in metrics and 'dataset' in metrics
     ]
-    probe = {int(index): value for index, value in metrics.get('probe', {}).items()}
+    probe = {int(index): float(value) for index, value in metrics.get('probe', {}).items()}
     extra: dict[str, Any] = {'probe': {'image': PROBE, 'logits': probe}} if probe else {}
     data = ModelCardData(
         license=cfg.get('license'),
@@ -230,6 +233,8 @@ def _training(recipe: dict[str, Any], text: str) -> str:
 
 def _check(config: dict[str, Any], probe: dict[str, float], repo_id: str | None) -> str:
     names = config.get('label_names') or [f'class {index}' for index in range(config['num_classes'])]
+    if any(int(index) >= len(names) for index in probe):
+        raise ValueError(f'metrics.json: probe has classes that the model does not have, it has {len(names)}')
     rows = [f'| {_plain(names[int(index)])} | {value:.4f} |' for index, value in probe.items()]
     command = f'timm-sape2 hub verify {shlex.quote(repo_id)}' if repo_id else 'timm-sape2 hub verify OWNER/NAME'
     return f"""\

@@ -19,6 +19,7 @@ REQUIRED = {'architecture': str, 'num_classes': int, 'num_features': int, 'model
 OPTIONAL = {'global_pool': str, 'label_names': list, 'label_descriptions': dict, 'plugin': str}
 WEIGHT_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 PRETRAINED_CFG = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(WEIGHT_SOURCES) | {'custom_load'}
+PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
 NOT_FROM_A_FILE = {
     *('self', 'kwargs', 'device', 'dtype'),
     *('pos_embed', 'embed_layer', 'block_fn', 'attn_layer', 'mlp_layer'),
@@ -111,12 +112,24 @@ def _check_pretrained_cfg(cfg: dict[str, Any]) -> None:
             f'config.json: pretrained_cfg names another source of weights, {", ".join(map(repr, sources))}; '
             'only the weights beside it are loaded'
         )
-    _check_keys('config.json: pretrained_cfg', cfg, PRETRAINED_CFG)
+    _check_keys('config.json: pretrained_cfg', cfg, PRETRAINED_CFG, PREPROCESSING)
     for name in ('mean', 'std'):
-        values = cfg.get(name, [1])
-        numbers = isinstance(values, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
-        if not numbers or (name == 'std' and min(values) <= 0):
-            raise ValueError(f'config.json: {name} of pretrained_cfg must be a list of numbers, not {values!r}')
+        if not _is_numbers(cfg[name]) or (name == 'std' and min(cfg[name]) <= 0):
+            raise ValueError(f'config.json: {name} of pretrained_cfg must be a list of numbers, not {cfg[name]!r}')
+    if not _is_numbers([cfg['crop_pct']]) or not 0 < cfg['crop_pct'] <= 2:
+        raise ValueError(f'config.json: crop_pct of pretrained_cfg must be a number, not {cfg["crop_pct"]!r}')
+    for name in ('interpolation', 'tag', 'license'):
+        text = cfg.get(name) or ''
+        if not isinstance(text, str) or not text.isprintable():
+            raise ValueError(f'config.json: {name} of pretrained_cfg must be a line of text, not {text!r}')
+
+
+def _is_numbers(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    )
 
 
 def _check_labels(config: dict[str, Any]) -> None:
