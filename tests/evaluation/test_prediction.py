@@ -28,7 +28,7 @@ def photos(tmp_path_factory):
     for name, shape in shapes.items():
         Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
     Image.new('RGBA', (20, 30), (0, 0, 0, 0)).save(folder / 'sub' / 'e.png')
-    Image.new('P', (20, 30)).save(folder / 'sub' / 'f.bmp')
+    Image.new('RGB', (20, 30)).save(folder / 'sub' / 'f.bmp')
     (folder / 'notes.txt').write_text('no image')
     return folder
 

@@ -1,7 +1,6 @@
 """The command `timm-sape2 hub`: push, pull, verify, card."""
 
 import argparse
-import logging
 import tempfile
 from pathlib import Path
 
@@ -63,7 +62,7 @@ such as vit_small_sape2.flowers says that `flowers` is the training data.""",
     parser.add_argument('--private', action='store_true', help='make a new repository private')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to, made if not there (default: main)')
     parser.add_argument('--dry-run', action='store_true', help='write the folder, send nothing')
-    parser.add_argument('--folder', metavar='DIR', help='keep what is sent here (dry run: output/hub/NAME)')
+    parser.add_argument('--folder', metavar='DIR', type=Path, help='keep what is sent here (dry run: output/hub/NAME)')
     parser.add_argument('--metrics', metavar='FILE', type=Path, help='what validate --json wrote for these weights')
     parser.add_argument('--recipe', metavar='FILE', type=Path, help='its train.yaml (default: of the checkpoint)')
     parser.add_argument('--class-names', metavar='FILE', type=Path, help='names of the classes, one a line')
@@ -74,7 +73,6 @@ such as vit_small_sape2.flowers says that `flowers` is the training data.""",
 
 def push(arguments: argparse.Namespace) -> None:
     """Package a checkpoint and send it."""
-    logging.getLogger('timm_sape2').setLevel(logging.INFO)
     repo_id = arguments.to
     check_repository_name(repo_id)
     if not arguments.dry_run:
@@ -82,9 +80,8 @@ def push(arguments: argparse.Namespace) -> None:
     trained = open_named_model(arguments, arguments.checkpoint)
     names = read_class_names(arguments.class_names) if arguments.class_names else None
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(
-            arguments.folder or (f'output/hub/{repo_id.partition("/")[2]}' if arguments.dry_run else temporary)
-        )
+        kept = Path('output', 'hub', repo_id.partition('/')[2]) if arguments.dry_run else Path(temporary)
+        folder = arguments.folder or kept
         write_package(folder, trained, repo_id, arguments.license, arguments.metrics, arguments.recipe, names)
         license = read_config(folder / 'config.json')['pretrained_cfg'].get('license')
         print(f'Packed the {trained.weights} of {arguments.checkpoint}; they load and give the same logits.')

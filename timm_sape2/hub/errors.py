@@ -39,7 +39,7 @@ def explained(source: str) -> Iterator[None]:
 def explain(error: Exception) -> str | None:
     """Return what an error means and what to do, None for one that does not come from the Hub or its files."""
     if isinstance(error, SafetensorError):
-        return f'model.safetensors is truncated or no weights ({error}); `timm-sape2 hub verify` names the bad files'
+        return 'model.safetensors is truncated or no weights; `timm-sape2 hub verify` names the bad files'
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return _unreachable()
     if isinstance(error, GatedRepoError):
