@@ -137,11 +137,10 @@ def _open_checkpoint(
         raise ValueError(f'{path} does not load as {name}: {" ".join(str(error).split())}') from error
     if entry in AVERAGES:
         _logger.info(f'{path} has a moving average of the weights, which is taken')
-    return TrainedModel(
-        model,
-        'moving average of the weights' if entry in AVERAGES else 'weights',
-        dict({key: checkpoint[key] for key in ('epoch', 'metric') if checkpoint.get(key) is not None}, args=args),
-    )
+    training = dict({key: checkpoint[key] for key in ('epoch', 'metric') if checkpoint.get(key) is not None}, args=args)
+    if entry not in AVERAGES and any(checkpoint.get(key) is not None for key in AVERAGES):
+        training.pop('metric', None)  # it is that of the moving average
+    return TrainedModel(model, 'moving average of the weights' if entry in AVERAGES else 'weights', training)
 
 
 def _description(name: str, args: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:

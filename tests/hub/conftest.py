@@ -1,5 +1,6 @@
 """A Hub for each test, the real client pointed at it, and a model to publish."""
 
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -23,7 +24,6 @@ server = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(server)
 
 TOKEN = 'hf_ownersSecretToken'
-REPO = 'owner/vit_tiny.test'
 
 
 @pytest.fixture
@@ -66,8 +66,6 @@ def no_waiting(monkeypatch):
 @pytest.fixture(scope='session')
 def checkpoint(tmp_path_factory):
     """File of a trained model as train.py writes it, with optimizer and moving average, 5 classes, 32x48 images."""
-    import argparse
-
     arguments = dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=2, num_heads=2)
     torch.manual_seed(0)
     models = [timm.create_model('test_vit_sape2', num_classes=5, **arguments) for _ in range(2)]

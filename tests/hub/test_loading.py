@@ -133,7 +133,11 @@ class TestErrors:
         message = f'the connection to {hub.url} broke off; try again, what has arrived is kept'
         assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {message}'
 
-    def test_server_with_a_bad_day(self, hub, published, no_waiting):
+    def test_a_server_with_a_bad_day(self, hub, published, no_waiting):
+        hub.failure = 500
+        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: not in the cache, and {hub.url} cannot be reached'
+
+    def test_a_file_that_is_too_short(self, hub, published, no_waiting):
         timm_sape2.create_model('hf-hub:owner/vit')
         hub.tamper = lambda path, data: data[: len(data) // 2]
         assert error('hf-hub:owner/vit') == 'hf-hub:owner/vit: the Hub sent a file that is too short; try again'

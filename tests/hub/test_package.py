@@ -41,6 +41,18 @@ def test_metrics_come_from_the_checkpoint(package):
     assert metrics['top1'] == 61.5 and metrics['measured_by'] == 'training, after epoch 6'
 
 
+def test_the_metric_of_the_moving_average_is_not_that_of_the_weights(checkpoint, tmp_path):
+    write_package(tmp_path, open_model(str(checkpoint), ema=False), 'owner/vit')
+    assert list(json.loads((tmp_path / 'metrics.json').read_text())) == ['probe']
+
+
+@pytest.mark.parametrize('metric', [float('nan'), None, '61.5'])
+def test_what_is_no_metric(trained, tmp_path, metric):
+    training = dict(trained.training, metric=metric)
+    write_package(tmp_path, TrainedModel(trained.model, training=training), 'owner/vit')
+    assert '## Results\n\nNot measured.' in (tmp_path / 'README.md').read_text()
+
+
 def test_the_recipe_comes_from_the_checkpoint_and_train_py_takes_it(package, tmp_path):
     recipe = yaml.safe_load((package / 'train.yaml').read_text())
     assert recipe['epochs'] == 7 and recipe['lr'] == 0.002 and recipe['model'] == 'test_vit_sape2'

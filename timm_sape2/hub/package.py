@@ -1,6 +1,7 @@
 """From a checkpoint to the folder that the Hub gets: weights without training state, and all that is known of them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..training.arguments import build_parser
 from ..training.digits import Digits
 from ..training.recipe import recipe_arguments
 from ..vit import PositionVisionTransformer
-from .card import read_metrics, write_card
+from .card import METRICS, read_metrics, write_card
 from .config import PLUGIN, check_config, read_config
 from .files import FILES
 from .probe import PROBE, highest_logits, make_probe, probe_logits
@@ -126,10 +127,11 @@ def _find_metrics(trained: TrainedModel, path: Path | None) -> dict[str, Any]:
             raise ValueError(f'{path} was measured on other weights: run `timm-sape2 validate --json` on these')
         return metrics
     args, epoch, metric = (trained.training.get(key) for key in ('args', 'epoch', 'metric'))
-    if not args or metric is None:
+    name = (args or {}).get('eval_metric', 'top1')
+    if not args or name not in METRICS or not isinstance(metric, (int, float)) or not math.isfinite(metric):
         return {}
     return {
-        args.get('eval_metric', 'top1'): float(metric),
+        name: metric,
         'dataset': args.get('dataset') or Path(args.get('data_dir') or 'images').name,
         'split': args.get('val_split', 'validation'),
         'measured_by': f'training, after epoch {epoch}',
