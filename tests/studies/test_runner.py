@@ -3,17 +3,22 @@
 import argparse
 import csv
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_sape2.studies import Study, runner
 from timm_sape2.studies.report import new_figure
 from timm_sape2.studies.runner import made_by, run_study, unit_names
+
+from .conftest import TRAINING
 
 
 class Squares(Study):
@@ -118,48 +123,64 @@ def test_folder_of_another_study_is_refused(tmp_path):
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Function that makes this look like one of two processes."""
+    """Function that makes this look like one of two processes, which agreed to do some units."""
 
-    def become(rank):
+    def become(rank, *agreed):
         monkeypatch.setattr(runner, 'world_info_from_env', lambda: (rank, rank, 2))
+        monkeypatch.setattr(runner, 'of_first_process', lambda names: list(agreed))
 
     return become
 
 
-def test_processes_share_the_units_and_the_first_one_reports(tmp_path, as_rank):
-    as_rank(1)
-    second = Squares()
+def test_processes_share_the_units_and_the_first_one_waits_and_reports(tmp_path, as_rank):
+    first, second = Squares(), Squares()
+    as_rank(0, '1_7', '2_7', '3_7')
+    waiting = threading.Thread(target=run_study, args=(first, tmp_path, []))
+    waiting.start()
+    waiting.join(timeout=2)
+    assert waiting.is_alive() and first.done == [1, 3]
+    as_rank(1, '1_7', '2_7', '3_7')
     run_study(second, tmp_path, [])
     assert second.done == [2]
-    assert not (tmp_path / 'results.csv').exists()
-    as_rank(0)
-    first = Squares()
-    run_study(first, tmp_path, [])
-    assert first.done == [1, 3]
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()
     assert [row['number'] for row in table(tmp_path)] == ['1', '1', '2', '2', '3', '3']
 
 
-def test_the_first_process_waits_for_the_others(tmp_path, as_rank):
-    as_rank(0)
-    first = threading.Thread(target=run_study, args=(Squares(), tmp_path, []))
-    first.start()
-    first.join(timeout=2)
-    assert first.is_alive()
+def test_what_the_first_process_found_pending_is_shared(tmp_path, as_rank, monkeypatch):
+    run_study(Squares([1, 3]), tmp_path, [])
+    found = []
     as_rank(1)
-    run_study(Squares(), tmp_path, [])
-    first.join(timeout=30)
-    assert not first.is_alive() and len(table(tmp_path)) == 6
+    monkeypatch.setattr(runner, 'of_first_process', lambda names: found.extend(names) or names)
+    second = Squares([1, 2, 3, 4])
+    run_study(second, tmp_path, [])
+    assert (found, second.done) == (['2_7', '4_7'], [4])
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason='no gloo')
+def test_under_torchrun(tmp_path):
+    """Two processes, each with a model of its own."""
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_sape2']
+    flags = ['--encodings', 'nope', 'learned', '--layer-scale', 'off', '--seeds', '0', *TRAINING]
+    done = subprocess.run(
+        [*launch, 'study', 'compare', '--output', str(tmp_path), *flags],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row['encoding'] for row in table(tmp_path / 'compare')] == ['nope'] * 2 + ['learned'] * 2
 
 
 def test_measurements_of_time_are_left_to_the_first_process(tmp_path, as_rank):
     class Timed(Squares):
         one_process = True
 
-    as_rank(1)
+    as_rank(1, '1_7', '2_7', '3_7')
     second = Timed()
     run_study(second, tmp_path, [])
     assert second.done == []
-    as_rank(0)
+    as_rank(0, '1_7', '2_7', '3_7')
     first = Timed()
     run_study(first, tmp_path, [])
     assert first.done == [1, 2, 3]

@@ -43,19 +43,15 @@ def run_study(study: Study, folder: Path, command: Sequence[str]) -> None:
     check_writable(folder)
     names = unit_names(study.units)
     record = open_record(study, folder, command)
-    rank, world_size = leave_process_group()
-    if study.one_process and rank > 0:
-        return
+    pending = [name for name in names if not unit_file(folder, name).exists()]
+    rank, mine = my_share(pending, study.one_process)
     (folder / 'units').mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_record(folder, record)
-    mine = names if study.one_process else names[rank::world_size]
-    bar = tqdm(mine, desc=study.name, unit='unit', position=rank, disable=rank > 0, dynamic_ncols=True)
+    bar = tqdm(mine, desc=study.name, unit='unit', disable=rank > 0, dynamic_ncols=True)
     try:
         for name in bar:
             bar.set_postfix_str(name)
-            if unit_file(folder, name).exists():
-                continue
             unit = study.units[names.index(name)]
             start = time.perf_counter()
             rows = study.run(unit, folder)
@@ -72,14 +68,35 @@ def run_study(study: Study, folder: Path, command: Sequence[str]) -> None:
         _logger.info(f'The results are in {folder / "results.md"}')
 
 
-def leave_process_group() -> tuple[int, int]:
-    """Return rank and number of processes under torchrun; from here on, this process computes alone on its own GPU."""
+def my_share(pending: list[str], one_process: bool) -> tuple[int, list[str]]:
+    """Share units among the processes of torchrun; from here on, each computes alone, on a GPU of its own.
+
+    Args:
+        pending: The units to be done; those that the first process sees count.
+        one_process: Leave all of them to the first process.
+
+    Returns:
+        Rank of this process, and its units.
+    """
     local_rank, rank, world_size = world_info_from_env()
+    if world_size > 1:
+        pending = of_first_process(pending)
     for name in ('LOCAL_RANK', 'RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'SLURM_NTASKS'):
         os.environ.pop(name, None)
     if world_size > 1 and torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    return rank, world_size
+    if one_process:
+        return rank, pending if rank == 0 else []
+    return rank, pending[rank::world_size]
+
+
+def of_first_process(names: list[str]) -> list[str]:
+    """Return the list of the first process, in every process."""
+    torch.distributed.init_process_group('gloo')
+    lists = [names]
+    torch.distributed.broadcast_object_list(lists)
+    torch.distributed.destroy_process_group()
+    return lists[0]
 
 
 def check_matplotlib() -> None:
