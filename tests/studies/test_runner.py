@@ -59,7 +59,7 @@ def test_table_report_plot_and_record(tmp_path):
     ]
     assert (tmp_path / 'a' / 'curve.png').read_bytes().startswith(b'\x89PNG')
     record = json.loads((tmp_path / 'a' / 'run.json').read_text())
-    assert record['command'] == 'timm-sape2 study squares'
+    assert record['commands'] == ['timm-sape2 study squares']
     assert record['configuration'] == {'study': 'squares', 'power': 2}
     assert (record['seeds'], list(record['seconds'])) == ([7], ['3_7'])
     assert {'torch', 'timm', 'python'} <= set(record['versions'])
@@ -95,9 +95,11 @@ def test_stopped_half_way_and_resumed_gives_the_same_table(tmp_path):
 
 
 def test_more_units_of_the_same_configuration_join_the_table(tmp_path):
-    run_study(Squares([1]), tmp_path, [])
-    run_study(Squares([2]), tmp_path, [])
+    run_study(Squares([1]), tmp_path, ['first'])
+    for _ in range(2):
+        run_study(Squares([2]), tmp_path, ['second'])
     assert [row['number'] for row in table(tmp_path)] == ['2', '2', '1', '1']
+    assert json.loads((tmp_path / 'run.json').read_text())['commands'] == ['first', 'second']
 
 
 def test_folder_of_another_configuration_is_refused_and_left_alone(tmp_path):

@@ -125,7 +125,7 @@ def open_record(study: Study, folder: Path, command: Sequence[str]) -> dict[str,
     """Return what run.json is to say, after a check that the folder is of the same study."""
     configuration = json.loads(json.dumps({'study': study.name, **study.configuration}, default=str))
     record = {
-        'command': shlex.join(command),
+        'commands': [shlex.join(command)],
         'configuration': configuration,
         'versions': provenance.versions(),
         'commit': provenance.commit(),
@@ -144,7 +144,8 @@ def open_record(study: Study, folder: Path, command: Sequence[str]) -> dict[str,
         raise ValueError(
             f'{folder} holds a study with {", ".join(differences)}; --experiment NAME puts this one into another folder'
         )
-    return dict(record, started=earlier['started'])
+    commands = list(dict.fromkeys([*earlier['commands'], *record['commands']]))
+    return dict(record, commands=commands, started=earlier['started'])
 
 
 def write_results(study: Study, folder: Path, record: dict[str, Any]) -> None:
@@ -187,7 +188,7 @@ def made_by(record: dict[str, Any]) -> str:
     packages = ', '.join(f'{name} {version}' for name, version in record['versions'].items())
     hours = sum(record['seconds'].values()) / 3600
     return (
-        f'Made by `{record["command"]}` at commit {record["commit"]}, finished {record["finished"]}, '
+        f'Made by {" and ".join(f"`{command}`" for command in record["commands"])} at commit {record["commit"]}, finished {record["finished"]}, '
         f'{hours:.2f} hours of work in all. {machine}. {packages}.\n'
     )
 
