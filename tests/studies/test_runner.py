@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from timm_sape2.studies import Study, runner
 from timm_sape2.studies.report import new_figure
-from timm_sape2.studies.runner import made_by, run_study, unit_names
+from timm_sape2.studies.runner import run_study, unit_names
 
 from .conftest import TRAINING
 
@@ -59,14 +59,15 @@ def test_table_report_plot_and_record(tmp_path):
     ]
     assert (tmp_path / 'a' / 'curve.png').read_bytes().startswith(b'\x89PNG')
     record = json.loads((tmp_path / 'a' / 'run.json').read_text())
-    assert record['commands'] == ['timm-sape2 study squares']
+    (maker,) = record['made_by']
+    assert maker['command'] == 'timm-sape2 study squares'
+    assert {'torch', 'timm', 'python'} <= set(maker['versions'])
+    assert {'cpu', 'cores', 'threads'} <= set(maker['hardware'])
     assert record['configuration'] == {'study': 'squares', 'power': 2}
     assert (record['seeds'], list(record['seconds'])) == ([7], ['3_7'])
-    assert {'torch', 'timm', 'python'} <= set(record['versions'])
-    assert {'cpu', 'cores', 'threads'} <= set(record['hardware'])
     text = (tmp_path / 'a' / 'results.md').read_text()
-    assert text.startswith('# squares\n\n2 squares\n\n![curve](curve.png)\n\nMade by `timm-sape2 study squares`')
-    assert text.endswith(made_by(record))
+    assert text.startswith('# squares\n\n2 squares\n\n![curve](curve.png)\n\n0.00 hours of work, finished ')
+    assert '\n- `timm-sape2 study squares` at commit ' in text
 
 
 def test_finished_units_are_not_done_again(tmp_path):
@@ -99,7 +100,8 @@ def test_more_units_of_the_same_configuration_join_the_table(tmp_path):
     for _ in range(2):
         run_study(Squares([2]), tmp_path, ['second'])
     assert [row['number'] for row in table(tmp_path)] == ['2', '2', '1', '1']
-    assert json.loads((tmp_path / 'run.json').read_text())['commands'] == ['first', 'second']
+    makers = json.loads((tmp_path / 'run.json').read_text())['made_by']
+    assert [maker['command'] for maker in makers] == ['first', 'second']
 
 
 def test_folder_of_another_configuration_is_refused_and_left_alone(tmp_path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..positions import ENCODINGS, parse_position
 from ..training.arguments import whole_number
-from .report import dot_plot, grouped, markdown_table, new_figure, plus_minus
+from .report import dot_plot, encoding_place, grouped, markdown_table, new_figure, plus_minus
 from .study import Row, Study, Unit
 from .training_grid import check_model, configuration_of, last_epochs, parse_training_flags, train, units_of
 
@@ -76,7 +76,7 @@ comparisons changed it together with the encoding. Reported is the last epoch.""
         return [unit | row for row in train(self.args, name, model_kwargs, unit['seed'], folder)]
 
     def report(self, rows: list[Row]) -> str:
-        last = last_epochs(rows, ('encoding', 'layer_scale', 'seed'))
+        last = self.last(rows)
         scales = list(grouped(last, 'layer_scale'))
         table = []
         for (encoding,), of_encoding in grouped(last, 'encoding').items():
@@ -94,6 +94,12 @@ comparisons changed it together with the encoding. Reported is the last epoch.""
         )
 
     @staticmethod
+    def last(rows: list[Row]) -> list[Row]:
+        """Return the last epochs, in the order of the table of encodings, those without LayerScale first."""
+        last = last_epochs(rows, ('encoding', 'layer_scale', 'seed'))
+        return sorted(last, key=lambda row: (encoding_place(row['encoding']), row['layer_scale'] != 'off', row['seed']))
+
+    @staticmethod
     def differences(runs: list[Row], last: list[Row]) -> list[float]:
         """Return by how much runs are better than the baseline with the same seed and LayerScale."""
         baseline = {(row['layer_scale'], row['seed']): row['top1'] for row in last if row['encoding'] == BASELINE}
@@ -101,7 +107,7 @@ comparisons changed it together with the encoding. Reported is the last epoch.""
         return [top1 - base for top1, base in pairs if base is not None]
 
     def plots(self, rows: list[Row]) -> 'dict[str, Figure]':
-        last = last_epochs(rows, ('encoding', 'layer_scale', 'seed'))
+        last = self.last(rows)
         dots = {
             f'LayerScale {scale}': {
                 encoding: [row['top1'] for row in runs] for (encoding,), runs in grouped(of_scale, 'encoding').items()

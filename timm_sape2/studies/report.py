@@ -5,10 +5,17 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..positions import ENCODINGS
 from .study import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def encoding_place(position: str) -> tuple[int, list[int]]:
+    """Return a key that sorts encodings as `ENCODINGS` has them, and those that are joined after them."""
+    places = [list(ENCODINGS).index(name) if name in ENCODINGS else len(ENCODINGS) for name in position.split('+')]
+    return len(places), places
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

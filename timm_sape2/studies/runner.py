@@ -42,28 +42,35 @@ def run_study(study: Study, folder: Path, command: Sequence[str]) -> None:
     check_matplotlib()
     check_writable(folder)
     names = unit_names(study.units)
-    record = open_record(study, folder, command)
+    check_configuration(study, folder)
+    maker = {
+        'command': shlex.join(command),
+        'commit': provenance.commit(),
+        'versions': provenance.versions(),
+    }
     pending = [name for name in names if not unit_file(folder, name).exists()]
     rank, mine = my_share(pending, study.one_process)
     (folder / 'units').mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        write_record(folder, record)
+        write_json(folder / 'run.json', {'configuration': configuration_of(study)})
     bar = tqdm(mine, desc=study.name, unit='unit', disable=rank > 0, dynamic_ncols=True)
     try:
         for name in bar:
             bar.set_postfix_str(name)
             unit = study.units[names.index(name)]
-            start = time.perf_counter()
+            started, start = now(), time.perf_counter()
             rows = study.run(unit, folder)
             seconds = time.perf_counter() - start
-            write_json(unit_file(folder, name), {'unit': unit, 'rows': rows, 'seconds': seconds})
+            done = {'unit': unit, 'rows': rows, 'started': started, 'finished': now(), 'seconds': round(seconds, 1)}
+            made_by = {**maker, 'hardware': provenance.hardware()}
+            write_json(unit_file(folder, name), {**done, 'made_by': made_by})
             if rank == 0 and seconds > WORTH_A_REPORT:
-                write_results(study, folder, record)
+                write_results(study, folder)
         while rank == 0 and not all(unit_file(folder, name).exists() for name in names):
             time.sleep(0.5)
     finally:
         if rank == 0:
-            write_results(study, folder, record)
+            write_results(study, folder)
     if rank == 0:
         _logger.info(f'The results are in {folder / "results.md"}')
 
@@ -121,34 +128,29 @@ def unit_file(folder: Path, name: str) -> Path:
     return folder / 'units' / f'{name}.json'
 
 
-def open_record(study: Study, folder: Path, command: Sequence[str]) -> dict[str, Any]:
-    """Return what run.json is to say, after a check that the folder is of the same study."""
-    configuration = json.loads(json.dumps({'study': study.name, **study.configuration}, default=str))
-    record = {
-        'commands': [shlex.join(command)],
-        'configuration': configuration,
-        'versions': provenance.versions(),
-        'commit': provenance.commit(),
-        'started': now(),
-    }
+def configuration_of(study: Study) -> dict[str, Any]:
+    """Return the configuration of a study as it comes back from a file."""
+    return json.loads(json.dumps({'study': study.name, **study.configuration}, default=str))
+
+
+def check_configuration(study: Study, folder: Path) -> None:
+    """Raise a ValueError that names the differences if a folder holds a study with another configuration."""
     path = folder / 'run.json'
     if not path.exists():
-        return record
-    earlier = json.loads(path.read_text())
+        return
+    wanted, there = configuration_of(study), json.loads(path.read_text())['configuration']
     differences = [
-        f'{name}={earlier["configuration"].get(name)!r} instead of {configuration.get(name)!r}'
-        for name in sorted({*configuration, *earlier['configuration']})
-        if earlier['configuration'].get(name) != configuration.get(name)
+        f'{name}={there.get(name)!r} instead of {wanted.get(name)!r}'
+        for name in sorted({*wanted, *there})
+        if there.get(name) != wanted.get(name)
     ]
     if differences:
         raise ValueError(
             f'{folder} holds a study with {", ".join(differences)}; --experiment NAME puts this one into another folder'
         )
-    commands = list(dict.fromkeys([*earlier['commands'], *record['commands']]))
-    return dict(record, commands=commands, started=earlier['started'])
 
 
-def write_results(study: Study, folder: Path, record: dict[str, Any]) -> None:
+def write_results(study: Study, folder: Path) -> None:
     """Write results.csv, results.md, the plots and run.json from all units that are finished, if there are any.
 
     Units of an earlier command of the same configuration, such as other seeds, are among them.
@@ -169,33 +171,34 @@ def write_results(study: Study, folder: Path, record: dict[str, Any]) -> None:
     for name, figure in plots.items():
         with atomic_write(folder / f'{name}.png') as path:
             figure.savefig(path, dpi=120)
+    units.sort(key=lambda unit: unit['started'])
     record = {
-        **record,
+        'configuration': configuration_of(study),
         'seeds': sorted({unit['unit']['seed'] for unit in units if 'seed' in unit['unit']}),
-        'hardware': provenance.hardware(),
-        'finished': now(),
-        'seconds': {file.stem: round(unit['seconds'], 1) for file, unit in zip(files, units, strict=True)},
+        'started': units[0]['started'],
+        'finished': max(unit['finished'] for unit in units),
+        'seconds': {unit_names([unit['unit']])[0]: unit['seconds'] for unit in units},
+        'made_by': [unit['made_by'] for i, unit in enumerate(units) if unit['made_by'] not in made_by_of(units[:i])],
     }
-    write_record(folder, record)
+    write_json(folder / 'run.json', record)
     pictures = ''.join(f'\n![{name}]({name}.png)\n' for name in plots)
     with atomic_write(folder / 'results.md') as path:
-        path.write_text(f'# {study.name}\n\n{study.report(rows)}\n{pictures}\n{made_by(record)}')
+        path.write_text(f'# {study.name}\n\n{study.report(rows)}\n{pictures}\n{origin(record)}')
 
 
-def made_by(record: dict[str, Any]) -> str:
-    """Return how results were made, as Markdown."""
-    machine = ', '.join(f'{name} {value}' for name, value in record['hardware'].items())
-    packages = ', '.join(f'{name} {version}' for name, version in record['versions'].items())
-    hours = sum(record['seconds'].values()) / 3600
-    return (
-        f'Made by {" and ".join(f"`{command}`" for command in record["commands"])} at commit {record["commit"]}, finished {record["finished"]}, '
-        f'{hours:.2f} hours of work in all. {machine}. {packages}.\n'
-    )
+def made_by_of(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how units were made."""
+    return [unit['made_by'] for unit in units]
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write run.json."""
-    write_json(folder / 'run.json', record)
+def origin(record: dict[str, Any]) -> str:
+    """Return when and how the results of run.json were made, as Markdown."""
+    lines = [f'{sum(record["seconds"].values()) / 3600:.2f} hours of work, finished {record["finished"]}. Made by:\n']
+    for maker in record['made_by']:
+        machine = ', '.join(f'{name} {value}' for name, value in maker['hardware'].items())
+        packages = ', '.join(f'{name} {version}' for name, version in maker['versions'].items())
+        lines.append(f'- `{maker["command"]}` at commit {maker["commit"]}, {machine}; {packages}.')
+    return '\n'.join(lines) + '\n'
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -205,5 +208,5 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def now() -> str:
-    """Return the time, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+    """Return the time in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')

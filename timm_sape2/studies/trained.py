@@ -13,11 +13,11 @@ from timm.task import ClassificationTask, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..positions import ENCODINGS
 from ..training import datasets, hardware, loaders
 from ..training.arguments import parse_arguments
 from ..training.checkpoint_files import read_checkpoint
 from ..training.model import build_model
+from .report import encoding_place
 from .study import Unit
 from .training_grid import share_initial_weights
 
@@ -116,9 +116,7 @@ def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable[[], Abstra
 
 
 def _order(run: TrainedRun) -> tuple:
-    encodings = str(run.factors['encoding']).split('+')
-    places = [list(ENCODINGS).index(name) if name in ENCODINGS else len(ENCODINGS) for name in encodings]
-    return len(places), places, run.factors['layer_scale'] != 'off', run.factors['seed']
+    return encoding_place(run.factors['encoding']), run.factors['layer_scale'] != 'off', run.factors['seed']
 
 
 def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
