@@ -106,11 +106,11 @@ before training."""
                         'encoding': encoding,
                         'LayerScale': layer_scale,
                         'same prediction, parts of a patch': over_seeds(inside, 'consistency', 1),
-                        'one patch': over_seeds(one, 'consistency', 1),
-                        'two patches': over_seeds(two, 'consistency', 1),
+                        'same prediction, one patch': over_seeds(one, 'consistency', 1),
+                        'same prediction, two patches': over_seeds(two, 'consistency', 1),
                         'logit change, one patch': over_seeds(one, 'logit_change', 3),
                         'feature map error, one patch': over_seeds(one, 'feature_error', 3),
-                        'two patches ': over_seeds(two, 'feature_error', 3),
+                        'feature map error, two patches': over_seeds(two, 'feature_error', 3),
                     }
                 )
             parts.append(f'## Weights {weights}, {mode} shift\n\n{markdown_table(table)}')
