@@ -74,6 +74,17 @@ def test_report_never_mixes_the_two(compared):
     assert '10' not in after and '| nope | off |  | 90.00 | 90.00 |' in after
 
 
+def test_a_model_has_one_colour_in_both_panels(compared):
+    study = resolution(compared)
+    rows = [{**unit, 'top1': 10.0, 'loss': 1.0} for unit in study.units]
+    rows = [row for row in rows if row['training'] == 'none' or row['encoding'] != 'nope']
+    panels = study.plots(rows)['sizes'].axes
+    colours = [{line.get_label(): line.get_color() for line in axes.lines} for axes in panels]
+    assert set(colours[0]) - set(colours[1]) == {'nope, off'}
+    assert colours[1].items() < colours[0].items()
+    assert len(panels[1].get_legend().get_texts()) == 4
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [

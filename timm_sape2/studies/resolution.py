@@ -10,7 +10,7 @@ from ..training.arguments import positive_float
 from ..training.interrupt import SignalCatcher
 from ..training.loop import fit, set_up
 from ..training.run_folder import path_of_run
-from .report import grouped, markdown_table, mean_and_deviation, new_figure, plus_minus
+from .report import encoding_place, grouped, markdown_table, mean_and_deviation, new_figure, plus_minus
 from .runner import unit_names
 from .study import Row, Study, Unit
 from .trained import TrainedRun, evaluate, open_runs
@@ -106,12 +106,10 @@ settings of distance_scale. The two columns are never mixed."""
     def report(self, rows: list[Row]) -> str:
         parts = []
         for (training,), of_training in grouped(rows, 'training').items():
-            sizes = [size for (size,) in grouped(of_training, 'size')]
+            sizes = sizes_of(of_training)
             table = []
-            for factors, of_model in grouped(of_training, *FACTORS).items():
-                top1 = {
-                    size: [row['top1'] for row in at_size] for (size,), at_size in grouped(of_model, 'size').items()
-                }
+            for factors, of_model in by_model(of_training).items():
+                top1 = top1_by_size(of_model)
                 table.append(
                     dict(zip(FACTORS, factors, strict=True))
                     | {size: plus_minus(top1[size]) if size in top1 else '' for size in sizes}
@@ -126,22 +124,35 @@ settings of distance_scale. The two columns are never mixed."""
 
     def plots(self, rows: list[Row]) -> 'dict[str, Figure]':
         by_training = grouped(rows, 'training')
+        models = list(by_model(rows))
         figure = new_figure(5.5 * len(by_training) + 1.5, 4.5)
         panels = figure.subplots(1, len(by_training), sharey=True, squeeze=False)[0]
         for axes, ((training,), of_training) in zip(panels, by_training.items(), strict=True):
-            sizes = sorted((size for (size,) in grouped(of_training, 'size')), key=read_size)
-            for i, (factors, of_model) in enumerate(grouped(of_training, *FACTORS).items()):
-                top1 = {
-                    size: [row['top1'] for row in at_size] for (size,), at_size in grouped(of_model, 'size').items()
-                }
+            sizes = sizes_of(of_training)
+            for factors, of_model in by_model(of_training).items():
+                top1, place = top1_by_size(of_model), models.index(factors)
                 means = [mean_and_deviation(top1[size])[0] if size in top1 else float('nan') for size in sizes]
                 label = ', '.join(factor for factor in factors if factor)
-                axes.plot(sizes, means, marker='.', color=f'C{i % 10}', linestyle=('-', '--')[i // 10 % 2], label=label)
+                style = ('-', '--')[place // 10 % 2]
+                axes.plot(sizes, means, marker='.', color=f'C{place % 10}', linestyle=style, label=label)
             axes.set(title='as trained' if training == 'none' else 'after one epoch', xlabel='image size')
             axes.grid(alpha=0.3)
         panels[0].set_ylabel('top-1 in %')
-        panels[-1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+        lines = {line.get_label(): line for axes in panels for line in axes.lines}
+        panels[-1].legend(handles=list(lines.values()), fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
         return {'sizes': figure}
+
+
+def by_model(rows: Sequence[Row]) -> dict[tuple, list[Row]]:
+    """Return the rows by model, encodings in the order of their table."""
+    groups = grouped(rows, *FACTORS)
+    return dict(sorted(groups.items(), key=lambda group: encoding_place(group[0][0])))
+
+
+def sizes_of(rows: Sequence[Row]) -> list[str]:
+    """Return the sizes, square ones first and then by height."""
+    sizes = {size: read_size(size) for (size,) in grouped(rows, 'size')}
+    return sorted(sizes, key=lambda size: (sizes[size][0] != sizes[size][1], sizes[size]))
 
 
 def top1_by_size(rows: Sequence[Row]) -> dict[str, list[float]]:
