@@ -10,7 +10,7 @@ import torch
 from timm_sape2.__main__ import main
 from timm_sape2.positions.sape2 import SaPE2
 from timm_sape2.studies import overhead
-from timm_sape2.studies.overhead import count_flops, default_batch_size, image_and_patch
+from timm_sape2.studies.overhead import default_batch_size, flops_of, image_and_patch
 
 QUICK = ('--model', 'test_vit_sape2', '--settings', '32/8', '--rounds', '2', '--device', 'cpu')
 
@@ -76,9 +76,9 @@ def test_flops_by_hand():
     patch_embedding, classifier = 16 * 3 * 8 * 8 * 64, 64 * 1000
     block = 17 * 64 * (3 * 64 + 64 + 2 * 256) + 2 * 17 * 17 * 64
     plain = 2 * (patch_embedding + 3 * block + classifier)
-    assert count_flops('test_vit_sape2', 'nope', '32/8') == plain
+    assert flops_of('test_vit_sape2', 'nope', '32/8') == plain
     gates, scores = 2 * 4 * 4 * 4 * 32, 2 * 16 * 10 * 32
-    assert count_flops('test_vit_sape2', 'sape2', '32/8') == plain + 2 * 3 * 2 * (gates + scores)
+    assert flops_of('test_vit_sape2', 'sape2', '32/8') == plain + 2 * 3 * 2 * (gates + scores)
 
 
 def test_amp(study):

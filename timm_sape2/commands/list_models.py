@@ -5,8 +5,8 @@ from typing import Any
 
 import timm
 
+from ..model_cost import count_flops, count_parameters
 from .list_encodings import show_encodings
-from .model_cost import count_flops, count_parameters
 from .parser import Commands
 from .table import print_table
 

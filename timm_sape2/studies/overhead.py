@@ -11,8 +11,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from ..model_cost import count_flops, count_parameters, input_size
 from ..positions import ENCODINGS, parse_position
 from ..training.arguments import positive_int
 from ..training.hardware import check_device, mixed_precision, set_up_device
@@ -153,7 +153,7 @@ that gives wrong numbers is not measured: the study stops."""
                 check_bias(name, model, images[:1], TOLERANCE[self.args.amp])
         rows: dict[str, Row] = {name: {'encoding': name} for name in models}
         add_ratios(rows, 'parameters', {name: count_parameters(model) for name, model in models.items()})
-        add_ratios(rows, 'flops', {name: count_flops(self.model, name, setting) for name in models})
+        add_ratios(rows, 'flops', {name: flops_of(self.model, name, setting) for name in models})
         for phase, make_step in (('inference', inference_step), ('training', training_step)):
             steps = {name: make_step(model, images, autocast) for name, model in measured.items()}
             seconds = seconds_in_turns(steps, self.rounds, images.device, f'{setting} {phase}')
@@ -269,22 +269,9 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith('cuda') else device
 
 
-def input_size(model: Any) -> tuple[int, int, int]:
-    """Return channels, height and width of the images of a model."""
-    return model.in_chans, *model.patch_embed.img_size
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_flops(name: str, encoding: str, setting: str) -> int:
-    """Return the floating-point operations for one image that torch's counter sees, without computing anything."""
-    model = create_model(name, encoding, setting, torch.device('meta')).eval()
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *input_size(model), device='meta'))
-    return counter.get_total_flops()
+def flops_of(name: str, encoding: str, setting: str) -> int:
+    """Return the FLOPs of a model for one image, without computing anything."""
+    return count_flops(create_model(name, encoding, setting, torch.device('meta')).eval())
 
 
 def inference_step(model: nn.Module, images: Tensor, autocast: Callable) -> Step:

@@ -15,5 +15,10 @@ def count_flops(model: Any) -> int:
     """Return the FLOPs for one image that torch's counter sees: those of matrix products and convolutions."""
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device=device))
+        model(torch.empty(1, *input_size(model), device=device))
     return counter.get_total_flops()
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """Return channels, height and width of the images of a model of this package."""
+    return model.in_chans, *model.patch_embed.img_size
