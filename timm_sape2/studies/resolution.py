@@ -1,20 +1,16 @@
 """Study: accuracy at other image sizes than the one of training."""
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.arguments import positive_float
-from ..training.interrupt import SignalCatcher
-from ..training.loop import fit, set_up
-from ..training.run_folder import path_of_run
 from .report import encoding_place, grouped, markdown_table, mean_and_deviation, new_figure, plus_minus
 from .runner import unit_names
 from .study import Row, Study, Unit
 from .trained import TrainedRun, evaluate, open_runs
-from .training_grid import check_model
+from .training_grid import check_model, train_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,12 +88,8 @@ settings of distance_scale. The two columns are never mixed."""
             args = run.arguments_at(size, model_kwargs(run, unit))
             args.epochs, args.warmup_epochs, args.lr, args.val_interval = 1, 0, self.fine_tune_lr, 1
             args.output, args.experiment, args.resume = str(folder / 'runs'), name, 'auto'
-            training = set_up(args)
-            with SignalCatcher() as signals:
-                fit(training, signals)
-            with open(path_of_run(args) / 'summary.csv', newline='') as file:
-                (row,) = csv.DictReader(file)
-            return [{**unit, 'top1': float(row['eval_top1']), 'loss': float(row['eval_loss'])}]
+            (row,) = train_run(args)
+            return [{**unit, 'top1': row['top1'], 'loss': row['eval_loss']}]
         device, autocast = run.set_up_device()
         model = run.model_at(size, model_kwargs(run, unit)).to(device)
         metrics = evaluate(model, run.validation_loader(model, size, device), autocast)

@@ -4,7 +4,7 @@ import argparse
 import copy
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,21 @@ def train(args: argparse.Namespace, name: str, model_kwargs: Mapping[str, Any], 
     args = copy.deepcopy(args)
     args.model_kwargs.update(model_kwargs)
     args.seed, args.output, args.experiment, args.resume = seed, str(folder / 'runs'), name, 'auto'
-    run = set_up(args, initialize=partial(share_initial_weights, args=args))
     try:
-        with SignalCatcher() as signals:
-            fit(run, signals)
+        return train_run(args, initialize=partial(share_initial_weights, args=args))
     except FloatingPointError:
         return [{'epoch': args.epochs - 1, 'train_loss': math.nan, 'eval_loss': math.nan, 'top1': math.nan}]
+
+
+def train_run(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | None = None) -> list[Row]:
+    """Do a run of train.py, or what is left of it, and return what its epochs gave, as `train` does.
+
+    Raises:
+        FloatingPointError: If training diverges.
+    """
+    run = set_up(args, initialize)
+    with SignalCatcher() as signals:
+        fit(run, signals)
     with open(path_of_run(args) / 'summary.csv', newline='') as file:
         return [
             {
