@@ -1,11 +1,19 @@
 """Fixtures that the tests share."""
 
+import os
+
 import pytest
-import timm
 import torch
+
+if not torch.cuda.is_available():  # triton must be imported, as timm does indirectly, in the mode it will be used in
+    os.environ['TRITON_INTERPRET'] = '1'
+
+import timm
 
 from timm_sape2.__main__ import main
 from timm_sape2.positions import ENCODINGS
+
+os.environ.pop('TRITON_INTERPRET', None)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -16,6 +24,16 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Device on which Triton kernels run: a GPU, or the CPU through Triton's interpreter."""
+    pytest.importorskip('triton')
+    if torch.cuda.is_available():
+        return 'cuda'
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    return 'cpu'
 
 
 @pytest.fixture(params=[*ENCODINGS, 'learned+sape2'])

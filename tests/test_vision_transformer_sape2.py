@@ -183,6 +183,7 @@ new = set(after) - set(before)
 assert new == set(timm.list_models(module='vision_transformer_sape2')) and new, new
 heavy = {'triton', 'matplotlib', 'sklearn', 'onnx', 'onnxruntime'}
 assert not heavy & {name.partition('.')[0] for name in set(sys.modules) - modules}
+assert 'timm_sape2.ops.sape2.operator' in sys.modules and 'timm_sape2.ops.sape2.triton_kernel' not in sys.modules
 """
         done = run_python(code, '-W', 'error')
         assert (done.returncode, done.stdout, done.stderr) == (0, '', '')

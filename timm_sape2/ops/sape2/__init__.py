@@ -1,3 +1,6 @@
-"""The SaPE2 attention bias."""
+"""SaPE2 attention: the reference of its bias, and implementations that need not store it."""
 
+from .choice import sape2_attention as sape2_attention
+from .choice import why_not_triton as why_not_triton
 from .reference import sape2_bias as sape2_bias
+from .reference import sape2_signatures as sape2_signatures

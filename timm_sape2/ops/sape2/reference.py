@@ -128,7 +128,7 @@ def pairwise_distances_from_products(points: Tensor) -> Tensor:
     return torch.where(is_positive, squares, torch.ones_like(squares)).sqrt() * is_positive.to(points.dtype)
 
 
-def axis_bias(
+def axis_signatures(
     query: Tensor,
     key: Tensor,
     gate_key: Tensor | None,
@@ -136,8 +136,8 @@ def axis_bias(
     scale: float,
     target: str,
     along_columns: bool,
-) -> Tensor:
-    """Steps 1 to 5 along the rows or the columns of the grid.
+) -> list[Tensor]:
+    """Steps 1 to 4 along the rows or the columns of the grid.
 
     Args:
         query: Queries, (B, h, H, W, d).
@@ -145,24 +145,70 @@ def axis_bias(
         gate_key: What gates are read from, (B, h, H, W, d), or None for gates of 1.
         table: Position embeddings of this axis, (n, d).
         scale: Factor of the gates' dot product.
-        target: 'k' (signatures of queries), 'q' (of keys) or 'qk' (the sum of both biases).
+        target: 'k' (signatures of queries), 'q' (of keys) or 'qk' (of both).
         along_columns: Lines are columns instead of rows.
 
     Returns:
-        Distances of all pairs of patches, (B, h, N, N).
+        Signatures of all patches, (B, h, N, L) each: one, or two for target 'qk'.
     """
     if along_columns:
         query, key = query.transpose(2, 3), key.transpose(2, 3)
         gate_key = None if gate_key is None else gate_key.transpose(2, 3)
     gates = unit_gates(query) if gate_key is None else semantic_gates(query, gate_key, scale)
-    contents = [query, key] if target == 'qk' else [query if target == 'k' else key]
-    biases = []
-    for content in contents:
+    found = []
+    for content in [query, key] if target == 'qk' else [query if target == 'k' else key]:
         signature = signatures(content, gates, table)
         if along_columns:
             signature = signature.transpose(2, 3)
-        biases.append(pairwise_distances(signature.flatten(2, 3)))
-    return biases[0] if len(biases) == 1 else biases[0] + biases[1]
+        found.append(signature.flatten(2, 3))
+    return found
+
+
+def sape2_signatures(
+    query: Tensor,
+    key: Tensor,
+    gate_key: Tensor | None,
+    row_table: Tensor | None,
+    column_table: Tensor | None,
+    grid: tuple[int, int],
+    scale: float,
+    target: str = 'k',
+    reference_grid: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Steps 1 to 4 along both axes: what the distances of the bias are taken between.
+
+    Args:
+        query: Queries after normalisation, (B, h, N, d).
+        key: Keys after normalisation, (B, h, N, d).
+        gate_key: What gates are read from, (B, h, N, d): keys, mapped keys or values; None for gates of 1.
+        row_table: Position embeddings along rows, (n, d), or None to leave this axis out.
+        column_table: Position embeddings along columns, (n, d), or None to leave this axis out.
+        grid: Rows and columns of patches (H, W), N = H * W.
+        scale: Factor of the gates' dot product, usually d ** -0.5.
+        target: 'k' (signatures of queries), 'q' (of keys) or 'qk' (of both).
+        reference_grid: (H, W) as a tensor of two. If given, signatures are multiplied by sqrt(W_reference / W) along
+            rows and sqrt(H_reference / H) along columns, since a norm over L entries grows with sqrt(L).
+
+    Returns:
+        Row signatures (B, h, N, W) and column signatures (B, h, N, H), in float32 (float64 stays float64): none
+        without a table, two of each for target 'qk', else one.
+    """
+    batch, heads, _, dim = query.shape
+    height, width = grid
+    query_grid = query.reshape(batch, heads, height, width, dim)
+    key_grid = key.reshape(batch, heads, height, width, dim)
+    gate_grid = None if gate_key is None else gate_key.reshape(batch, heads, height, width, dim)
+
+    rows: list[Tensor] = []
+    if row_table is not None:
+        rows = axis_signatures(query_grid, key_grid, gate_grid, row_table, scale, target, along_columns=False)
+    columns: list[Tensor] = []
+    if column_table is not None:
+        columns = axis_signatures(query_grid, key_grid, gate_grid, column_table, scale, target, along_columns=True)
+    if reference_grid is not None:
+        rows = [x * (reference_grid[1] / width).sqrt().to(x.dtype) for x in rows]
+        columns = [x * (reference_grid[0] / height).sqrt().to(x.dtype) for x in columns]
+    return rows, columns
 
 
 def sape2_bias(
@@ -178,37 +224,14 @@ def sape2_bias(
 ) -> Tensor:
     """Attention bias of SaPE2, `B[i, j] = |u_i - u_j| + |v_i - v_j|` with row signatures u and column signatures v.
 
-    Args:
-        query: Queries after normalisation, (B, h, N, d).
-        key: Keys after normalisation, (B, h, N, d).
-        gate_key: What gates are read from, (B, h, N, d): keys, mapped keys or values; None for gates of 1.
-        row_table: Position embeddings along rows, (n, d), or None to leave this axis out.
-        column_table: Position embeddings along columns, (n, d), or None to leave this axis out.
-        grid: Rows and columns of patches (H, W), N = H * W.
-        scale: Factor of the gates' dot product, usually d ** -0.5.
-        target: 'k' (signatures of queries), 'q' (of keys) or 'qk' (the sum of both biases).
-        reference_grid: (H, W) as a tensor of two. If given, distances are multiplied by sqrt(W_reference / W) along
-            rows and sqrt(H_reference / H) along columns, since a norm over L entries grows with sqrt(L).
+    With target 'qk' it is the sum of the biases of both targets. The arguments are those of `sape2_signatures`.
 
     Returns:
         Bias in the dtype of `query`, (B, h, N, N): symmetric, never negative, exactly 0 for i = j.
     """
-    batch, heads, _, dim = query.shape
-    height, width = grid
-    query_grid = query.reshape(batch, heads, height, width, dim)
-    key_grid = key.reshape(batch, heads, height, width, dim)
-    gate_grid = None if gate_key is None else gate_key.reshape(batch, heads, height, width, dim)
-
-    biases = []
-    if row_table is not None:
-        bias = axis_bias(query_grid, key_grid, gate_grid, row_table, scale, target, along_columns=False)
-        if reference_grid is not None:
-            bias = bias * (reference_grid[1] / width).sqrt().to(bias.dtype)
-        biases.append(bias)
-    if column_table is not None:
-        bias = axis_bias(query_grid, key_grid, gate_grid, column_table, scale, target, along_columns=True)
-        if reference_grid is not None:
-            bias = bias * (reference_grid[0] / height).sqrt().to(bias.dtype)
-        biases.append(bias)
-    total = biases[0] if len(biases) == 1 else biases[0] + biases[1]
+    rows, columns = sape2_signatures(query, key, gate_key, row_table, column_table, grid, scale, target, reference_grid)
+    signatures_of_both = rows + columns
+    total = pairwise_distances(signatures_of_both[0])
+    for signature in signatures_of_both[1:]:
+        total = total + pairwise_distances(signature)
     return total.to(query.dtype)
