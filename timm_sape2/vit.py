@@ -41,9 +41,11 @@ class PositionAttention(Attention):
         """Install encodings, called once by the block after construction."""
         self.position = position
         self.num_prefix_tokens = num_prefix_tokens
-        encodings = [type(encoding) for encoding in position.values()]
-        self.rotates = any(encoding.overrides('rotate') for encoding in encodings)
-        self.has_bias = any(encoding.overrides('attention_bias') for encoding in encodings)
+        self.rotates = any(encoding.overrides('rotate') for encoding in position.values())
+        biased = [name for name, encoding in position.items() if encoding.overrides('attention_bias')]
+        self.has_bias = len(biased) > 0
+        can_fuse = len(biased) == 1 and not self.rotates and position[biased[0]].overrides('fused_attention')
+        self.fused_encoding = biased[0] if can_fuse else ''
 
     def forward(
         self,
@@ -69,6 +71,10 @@ class PositionAttention(Attention):
         query, key, value = qkv.unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
 
+        if not torch.jit.is_scripting():
+            fused = None if attn_mask is not None or is_causal else self.fused_attention(query, key, value, grid)
+            if fused is not None:
+                return self.project(fused)
         if self.has_bias:
             bias = self.position_bias(query, key, value, grid)
             attn_mask = maybe_add_mask(bias, resolve_self_attn_mask(length, bias, attn_mask, is_causal))
@@ -90,15 +96,23 @@ class PositionAttention(Attention):
             attn = maybe_add_mask(attn, resolve_self_attn_mask(length, attn, attn_mask, is_causal))
             attn = self.attn_drop(attn.softmax(dim=-1))
             x = attn @ value
+        return self.project(x)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Join the heads of the attention output (B, h, P + N, d) and project them."""
         x = x.transpose(1, 2)
         if self.has_bias and is_exporting():
             # the strides that fused attention has at export time are not those of its decomposition
             x = x.clone(memory_format=torch.contiguous_format)
-        x = x.reshape(batch, length, self.attn_dim)
-        x = self.norm(x)
+        x = self.norm(x.flatten(2))
         x = self.proj(x)
         return self.proj_drop(x)
+
+    def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """Attention without a stored bias, (B, h, P + N, d), where an encoding offers it."""
+        if not (self.fused_encoding and self.fused_attn) or (self.training and self.attn_drop.p > 0):
+            return None
+        return self.position[self.fused_encoding].fused_attention(query, key, value, grid, self.num_prefix_tokens)
 
     def position_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
         """Sum of all encodings' biases, 0 for prefix tokens, broadcastable to (B, h, P + N, P + N)."""

@@ -16,7 +16,15 @@ def test_names_are_joined_by_plus_and_keep_their_order():
 
 
 def test_options_are_the_keyword_arguments_of_the_encoding():
-    assert valid_options('sape2') == ['target', 'gating', 'gate_source', 'axes', 'num_positions', 'distance_scale']
+    assert valid_options('sape2') == [
+        'target',
+        'gating',
+        'gate_source',
+        'axes',
+        'num_positions',
+        'distance_scale',
+        'recompute',
+    ]
     assert valid_options('learned') == []
 
 

@@ -95,6 +95,7 @@ class TestOptions:
             ({'num_positions': 1}, 'num_positions must be a whole number of at least 2, got 1'),
             ({'num_positions': 2.5}, 'num_positions must be a whole number'),
             ({'num_positions': True}, 'num_positions must be a whole number'),
+            ({'recompute': 1}, 'recompute must be true or false, got 1'),
             ({'gating': 'none', 'gate_source': 'value'}, "gate_source='value' has no effect with gating='none'"),
         ],
     )

@@ -60,6 +60,22 @@ class PositionEncoding(nn.Module):
         """
         return None
 
+    def fused_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+    ) -> Tensor | None:
+        """Return attention with this encoding's bias without storing that, (B, h, P + N, d), or None if not possible.
+
+        Unlike the other hooks it gets all tokens. It is asked in eager and compiled PyTorch, not by exporters and
+        TorchScript, and only where no mask, dropout, rotation or other bias takes part. `attention_bias` remains the
+        definition of the same thing.
+        """
+        return None
+
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Adapt size-dependent parameters to a new native grid, called by the model's `set_input_size`."""
 

@@ -7,7 +7,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.jit import Final
 
-from ..ops.sape2 import sape2_bias
+from ..ops.sape2 import eager_attention, sape2_attention, sape2_bias, sape2_signatures, why_not_eager, why_not_triton
 from .base import Host, PositionEncoding
 
 torch.fx.wrap('sape2_bias')
@@ -33,6 +33,8 @@ class SaPE2(PositionEncoding):
         num_positions: Entries of each table; positions are clamped to the last.
         distance_scale: 'none' (the paper), or 'grid' to multiply distances by sqrt(W_reference / W) and
             sqrt(H_reference / H), with the reference grid kept in the state dict.
+        recompute: Without the Triton kernel, compute logits and bias again in the backward pass: nothing with N x N
+            numbers is stored for it, at the price of time.
 
     Raises:
         ValueError: An option is not one of those listed, or `num_positions` is below 2.
@@ -54,6 +56,7 @@ class SaPE2(PositionEncoding):
         axes: str = 'xy',
         num_positions: int = 10,
         distance_scale: str = 'none',
+        recompute: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,6 +67,8 @@ class SaPE2(PositionEncoding):
         _check_choice('distance_scale', distance_scale, ('none', 'grid'))
         if isinstance(num_positions, bool) or not isinstance(num_positions, int) or num_positions < 2:
             raise ValueError(f'num_positions must be a whole number of at least 2, got {num_positions!r}.')
+        if not isinstance(recompute, bool):
+            raise ValueError(f'recompute must be true or false, got {recompute!r}.')
         if gating == 'none' and gate_source != 'key':
             raise ValueError(f"gate_source={gate_source!r} has no effect with gating='none'; leave one of them out.")
         super().__init__()
@@ -73,6 +78,7 @@ class SaPE2(PositionEncoding):
         self.semantic = gating == 'semantic'
         self.gates_from_value = gate_source == 'value'
         self.native_grid = host.grid
+        self.recompute = recompute
 
         def table(used: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(num_positions, host.head_dim, **dd)) if used else None
@@ -93,14 +99,17 @@ class SaPE2(PositionEncoding):
         if self.reference_grid is not None:
             self.reference_grid.copy_(torch.tensor(self.native_grid))
 
+    def gates_from(self, key: Tensor, value: Tensor) -> Tensor | None:
+        """Return what queries are compared with for gates, (B, h, N, d), None for gates of 1."""
+        if not self.semantic:
+            return None
+        return value if self.gates_from_value else self.gate_key(key)
+
     def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        gate_key: Tensor | None = None
-        if self.semantic:
-            gate_key = value if self.gates_from_value else self.gate_key(key)
         return sape2_bias(
             query,
             key,
-            gate_key,
+            self.gates_from(key, value),
             self.row_table,
             self.column_table,
             grid,
@@ -108,6 +117,71 @@ class SaPE2(PositionEncoding):
             self.target,
             self.reference_grid,
         )
+
+    def fused_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+    ) -> Tensor | None:
+        if self.why_not_triton(query, grid) is None:
+            patch_query, patch_key, patch_value = (x[:, :, num_prefix_tokens:] for x in (query, key, value))
+            rows, columns = sape2_signatures(
+                patch_query,
+                patch_key,
+                self.gates_from(patch_key, patch_value),
+                self.row_table,
+                self.column_table,
+                grid,
+                self.scale,
+                self.target,
+                self.reference_grid,
+            )
+            row, column = (x[0] if x else None for x in (rows, columns))
+            return sape2_attention(query, key, value, row, column, grid, num_prefix_tokens, implementation='triton')
+        if self.why_not_eager(query, key, value) is not None:
+            return None
+        row_table, column_table = self.row_table, self.column_table
+        if self.reference_grid is not None:  # signatures, and so distances, are linear in the tables
+            row_scale, column_scale = (self.reference_grid.flip(0) / torch.tensor((grid[1], grid[0]))).sqrt()
+            row_table = None if row_table is None else row_table * row_scale
+            column_table = None if column_table is None else column_table * column_scale
+        return eager_attention(
+            query,
+            key,
+            value,
+            row_table,
+            column_table,
+            grid,
+            num_prefix_tokens,
+            self.semantic,
+            self.target,
+            self.recompute,
+        )
+
+    def why_not_triton(self, query: Tensor, grid: tuple[int, int]) -> str | None:
+        """Tell why the Triton kernel cannot compute attention with this encoding, None if it can.
+
+        Args:
+            query: Queries, (B, h, P + N, d).
+            grid: Rows and columns of patches.
+
+        Returns:
+            The reason or None.
+        """
+        if self.target == 'qk':
+            return "target='qk' has two signatures an axis"
+        return why_not_triton(query, grid)
+
+    def why_not_eager(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+        """Tell why the path for CPUs cannot compute attention with this encoding, None if it can."""
+        if self.target == 'qk':
+            return "target='qk' has two signatures an axis"
+        if self.gates_from_value or not isinstance(self.gate_key, nn.Identity):
+            return 'gates do not come from the dot products of attention'
+        return why_not_eager(query, key, value)
 
     def adapt_state_dict(
         self,

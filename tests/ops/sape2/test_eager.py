@@ -1,0 +1,139 @@
+"""The path for CPUs against the reference: outputs, every gradient, and what it stores."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_sape2.ops.sape2 import eager, eager_attention, sape2_bias, why_not_eager
+
+GRIDS = [(7, 9), (1, 5), (5, 1), (14, 14)]
+
+
+def random_inputs(grid, prefix=1, batch=2, heads=2, dim=8, num_positions=4, dtype=torch.float64):
+    query, key, value = (torch.randn(batch, heads, prefix + grid[0] * grid[1], dim, dtype=dtype) for _ in range(3))
+    tables = torch.randn(2, num_positions, dim, dtype=dtype)
+    return [x.requires_grad_() for x in (query, key, value, *tables.unbind())]
+
+
+def by_reference(query, key, value, row_table, column_table, grid, prefix, semantic=True, target='k', recompute=False):
+    patches = [x[:, :, prefix:] for x in (query, key)]
+    gate_key = patches[1] if semantic else None
+    bias = sape2_bias(*patches, gate_key, row_table, column_table, grid, query.shape[-1] ** -0.5, target)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=F.pad(bias, [prefix, 0, prefix, 0]))
+
+
+def outputs_and_gradients(attend, inputs, *args, **kwargs):
+    output = attend(*inputs, *args, **kwargs)
+    generator = torch.Generator().manual_seed(0)
+    grad_output = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    return [output, *torch.autograd.grad(output, wanted, grad_output)]
+
+
+def check(inputs, *args, rtol=1e-10, atol=1e-10, **kwargs):
+    expected = outputs_and_gradients(by_reference, inputs, *args, **kwargs)
+    torch.testing.assert_close(
+        outputs_and_gradients(eager_attention, inputs, *args, **kwargs), expected, rtol=rtol, atol=atol
+    )
+
+
+class TestAgainstTheReference:
+    @pytest.mark.parametrize('prefix', [0, 1, 5])
+    @pytest.mark.parametrize('grid', GRIDS, ids=str)
+    def test_grids_and_prefix_tokens(self, grid, prefix):
+        check(random_inputs(grid, prefix), grid, prefix)
+
+    @pytest.mark.parametrize('target', ['k', 'q'])
+    @pytest.mark.parametrize('semantic', [True, False])
+    @pytest.mark.parametrize('recompute', [True, False])
+    @pytest.mark.parametrize('axes', ['xy', 'x', 'y'])
+    def test_options(self, axes, recompute, semantic, target):
+        inputs = random_inputs((4, 6))
+        inputs[3:] = [table if axis in axes else None for axis, table in zip('xy', inputs[3:], strict=True)]
+        check(inputs, (4, 6), 1, semantic, target, recompute)
+
+    @pytest.mark.parametrize('recompute', [True, False])
+    def test_images_in_parts(self, monkeypatch, recompute):
+        monkeypatch.setattr(eager, 'NUMBERS_IN_CACHE', 2 * 2 * 13 * 13)
+        inputs = random_inputs((3, 4), batch=5)
+        assert len(eager._slices(inputs[0])) == 3
+        check(inputs, (3, 4), 1, recompute=recompute)
+
+    @pytest.mark.parametrize('num_positions', [2, 3, 12])
+    def test_positions_below_at_and_above_the_limit(self, num_positions):
+        check(random_inputs((7, 9), num_positions=num_positions), (7, 9), 1)
+
+    def test_gradients_by_differences(self):
+        inputs = random_inputs((3, 2), batch=1, heads=1, dim=4)
+        assert torch.autograd.gradcheck(lambda *x: eager_attention(*x, (3, 2), 1), inputs)
+
+    def test_views_of_one_projection(self):
+        qkv = torch.randn(2, 13, 3, 2, 8, dtype=torch.float64).permute(2, 0, 3, 1, 4)
+        tables = torch.randn(2, 4, 8, dtype=torch.float64)
+        inputs = [x.detach().requires_grad_() for x in (*qkv.unbind(), *tables)]
+        check(inputs, (3, 4), 1)
+        assert eager_attention(*inputs, (3, 4), 1).transpose(1, 2).is_contiguous()
+
+    def test_float32(self):
+        inputs = random_inputs((7, 9), dtype=torch.float32)
+        check(inputs, (7, 9), 1, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize('which', range(5))
+    def test_some_inputs_need_no_gradient(self, which):
+        inputs = [x.detach().requires_grad_(i == which) for i, x in enumerate(random_inputs((3, 4)))]
+        check(inputs, (3, 4), 1)
+
+
+def test_identical_patches_have_no_bias_and_tables_no_gradient():
+    query, key, value, rows, columns = random_inputs((1, 4), prefix=0)
+    query, key = (x[:, :, :1].expand(-1, -1, 4, -1) for x in (query, key))
+    output = eager_attention(query, key, value, rows, columns, (1, 4), 0)
+    torch.testing.assert_close(output, value.mean(2, keepdim=True).expand_as(value))
+    assert all((grad == 0).all() for grad in torch.autograd.grad(output.square().sum(), [rows, columns]))
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('which', range(3))
+def test_what_is_not_finite_spreads_as_in_the_reference(which, value):
+    inputs = [x.detach() for x in random_inputs((3, 4))]
+    inputs[which][0, 0, 5, 0] = value
+    found, expected = (attend(*inputs, (3, 4), 1) for attend in (eager_attention, by_reference))
+    assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+class TestMemory:
+    def saved(self, **kwargs):
+        """Numbers that the backward pass is given for one image, of a grid of 8x8 and a class token."""
+        kept = []
+        inputs = random_inputs((8, 8), batch=1, heads=1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            eager_attention(*inputs, (8, 8), 1, **kwargs)
+        return [x.numel() for x in kept]
+
+    def test_nothing_is_kept_where_no_gradient_is_needed(self):
+        inputs = [x.detach() for x in random_inputs((3, 4))]
+        assert eager_attention(*inputs, (3, 4), 1).grad_fn is None
+
+    def test_three_square_tensors_are_kept(self):
+        assert sorted(self.saved())[-3:] == [64 * 64, 64 * 64, 65 * 65]
+
+    def test_recompute_keeps_nothing_square(self):
+        assert max(self.saved(recompute=True)) <= 65 * 16
+
+
+class TestWhyNot:
+    def test_no_reason(self):
+        assert why_not_eager(*random_inputs((3, 4))[:3]) is None
+
+    def test_other_devices_and_dtypes(self):
+        x = torch.zeros(1, 1, 13, 8)
+        assert why_not_eager(*[x.to('meta')] * 3) == 'not a CPU tensor'
+        assert why_not_eager(*[x.bfloat16()] * 3) == 'not in float32 or float64'
+        assert why_not_eager(x, x, x.double()) == 'queries, keys and values have different dtypes'
+        with torch.autocast('cpu', torch.bfloat16):
+            assert why_not_eager(x, x, x) == 'not in float32 or float64'
+
+    def test_torch_func(self):
+        reasons = []
+        torch.func.grad(lambda x: reasons.append(why_not_eager(x, x, x)) or x.sum())(torch.zeros(1, 1, 13, 8))
+        assert reasons == ['no rules for torch.func']

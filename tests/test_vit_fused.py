@@ -1,0 +1,137 @@
+"""Attention without a stored bias, where an encoding offers it: the same results, and when the plain path runs."""
+
+import pytest
+import torch
+from torch import nn
+
+from timm_sape2.ops.sape2 import eager_attention
+from timm_sape2.ops.sape2.operator import triton_attention
+from timm_sape2.positions import Host
+from timm_sape2.positions.sape2 import SaPE2
+
+OPTIONS = (
+    {},
+    {'target': 'q'},
+    {'target': 'qk'},
+    {'gating': 'none'},
+    {'gate_source': 'value'},
+    {'gate_source': 'separate'},
+    {'axes': 'x'},
+    {'axes': 'y'},
+    {'distance_scale': 'grid', 'num_positions': 3},
+    {'recompute': True},
+)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 56, 72)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the ways in which attention was computed."""
+    found = []
+
+    def watch(name, function):
+        return lambda *args, **kwargs: found.append(name) or function(*args, **kwargs)
+
+    monkeypatch.setattr('timm_sape2.positions.sape2.eager_attention', watch('eager', eager_attention))
+    monkeypatch.setattr('timm_sape2.ops.sape2.choice.triton_attention', watch('triton', triton_attention))
+    return found
+
+
+def gradients(model, x, **kwargs):
+    model.zero_grad()
+    output = model(x, **kwargs)
+    output.square().sum().backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def plainly(model, x, **kwargs):
+    """Output and gradients with a stored bias."""
+    names = [block.attn.fused_encoding for block in model.blocks]
+    for block in model.blocks:
+        block.attn.fused_encoding = ''
+    found = gradients(model, x, **kwargs)
+    for block, name in zip(model.blocks, names, strict=True):
+        block.attn.fused_encoding = name
+    return found
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+@pytest.mark.parametrize('registers', [0, 4])
+def test_same_outputs_and_gradients_on_a_cpu(tiny_vit, x, calls, options, registers):
+    model = tiny_vit('sape2', position_args={'sape2': options}, reg_tokens=registers, global_pool='avg')
+    torch.testing.assert_close(gradients(model, x), plainly(model, x), rtol=1e-4, atol=1e-4)
+    falls_back = options.get('target') == 'qk' or 'gate_source' in options
+    assert calls == ([] if falls_back else ['eager'] * 2)
+
+
+@pytest.mark.parametrize('options', [{}, {'gate_source': 'separate'}, {'axes': 'y', 'distance_scale': 'grid'}], ids=str)
+def test_same_outputs_and_gradients_with_triton(tiny_vit, triton_device, calls, options):
+    model = tiny_vit('learned+sape2', img_size=(24, 32), global_pool='avg', position_args={'sape2': options})
+    model, x = model.to(triton_device), torch.randn(1, 3, 24, 32, device=triton_device)
+    torch.testing.assert_close(gradients(model, x), plainly(model, x), rtol=1e-3, atol=1e-4)
+    assert calls == ['triton'] * 2
+
+
+def test_triton_compiles_to_one_graph(tiny_vit, triton_device, calls):
+    torch._dynamo.reset()
+    model = tiny_vit(img_size=(24, 32), depth=1, global_pool='avg').to(triton_device)
+    x = torch.randn(1, 3, 24, 32, device=triton_device)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), model(x))
+    assert 'triton' in calls and 'eager' not in calls
+
+
+def test_checkpointing(tiny_vit, x, calls):
+    model = tiny_vit(global_pool='avg')
+    expected = gradients(model, x)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(gradients(model, x), expected)
+    assert calls == ['eager'] * (2 + 4)
+
+
+@pytest.mark.parametrize('kind', ['mask', 'causal', 'dropout', 'switched off', 'bfloat16', 'autocast', 'compiled'])
+def test_plain_path_runs(tiny_vit, x, calls, kind):
+    model, options = tiny_vit(), {}
+    if kind == 'mask':
+        options['attn_mask'] = torch.ones(64, 64, dtype=torch.bool).tril()
+    elif kind == 'causal':
+        options['is_causal'] = True
+    elif kind == 'dropout':
+        model = tiny_vit(attn_drop_rate=0.5).train()
+    elif kind == 'switched off':
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    elif kind == 'bfloat16':
+        model, x = model.bfloat16(), x.bfloat16()
+    elif kind == 'compiled':
+        model = torch.compile(model, backend='eager')
+    with torch.autocast('cpu', torch.bfloat16, enabled=kind == 'autocast'):
+        assert model(x, **options).isfinite().all()
+    assert calls == []
+
+
+def test_dropout_matters_in_training_only(tiny_vit, x, calls):
+    tiny_vit(attn_drop_rate=0.5).eval()(x)
+    assert calls == ['eager'] * 2
+
+
+class RotatingSaPE2(SaPE2):
+    def rotate(self, query, key, grid):
+        return query, key
+
+
+@pytest.mark.parametrize('kinds', [(SaPE2, SaPE2), (RotatingSaPE2,)])
+def test_rotation_or_another_bias_leaves_the_plain_path(tiny_vit, kinds):
+    attention = tiny_vit('sape2').blocks[0].attn
+    assert attention.fused_encoding == 'sape2'
+    host = Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
+    attention.set_position(nn.ModuleDict({str(i): kind(host) for i, kind in enumerate(kinds)}), 1)
+    assert attention.fused_encoding == ''
+
+
+def test_no_encoding_no_fused_path(tiny_vit):
+    assert tiny_vit('learned').blocks[0].attn.fused_encoding == ''
