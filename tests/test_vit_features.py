@@ -155,4 +155,4 @@ class TestFeaturesOnly:
         _, outputs = block_outputs(model, x, mixed=False)
         getter = tiny_vit(position, features_only=True, out_indices=(0, 1), feature_cls=feature_cls)
         getter.load_state_dict({k: model.state_dict()[k.partition('.')[2]] for k in getter.state_dict()})
-        equal(getter(x), outputs)
+        torch.testing.assert_close(getter(x), outputs)  # a graph has the plain path in it
