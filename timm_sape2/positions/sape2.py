@@ -176,7 +176,7 @@ class SaPE2(PositionEncoding):
         return why_not_triton(query, grid)
 
     def why_not_eager(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-        """Tell why the path for CPUs cannot compute attention with this encoding, None if it can."""
+        """Tell why `eager_attention` cannot compute attention with this encoding, None if it can."""
         if self.target == 'qk':
             return "target='qk' has two signatures an axis"
         if self.gates_from_value or not isinstance(self.gate_key, nn.Identity):

@@ -137,3 +137,10 @@ class TestWhyNot:
         reasons = []
         torch.func.grad(lambda x: reasons.append(why_not_eager(x, x, x)) or x.sum())(torch.zeros(1, 1, 13, 8))
         assert reasons == ['no rules for torch.func']
+
+
+def test_no_images():
+    inputs = random_inputs((3, 4), batch=0)
+    output, *grads = outputs_and_gradients(eager_attention, inputs, (3, 4), 1)
+    assert output.shape == (0, 2, 13, 8)
+    assert [grad.shape for grad in grads] == [x.shape for x in inputs]

@@ -68,7 +68,7 @@ def eager_attention(
         recompute: Compute logits and distances again in the backward pass instead of storing them.
 
     Returns:
-        Attention output, (B, h, P + N, d), laid out as (B, P + N, h, d).
+        Attention output, (B, h, P + N, d), laid out as (B, P + N, h, d). It cannot be differentiated twice.
     """
     tables = torch.cat([table for table in (row_table, column_table) if table is not None]).to(query.dtype)
     axes = ('' if row_table is None else 'x') + ('' if column_table is None else 'y')
@@ -109,7 +109,7 @@ def _slices(query: Tensor) -> list[slice]:
     """Images that are worked on at a time."""
     batch, heads, tokens, _ = query.shape
     size = max(1, NUMBERS_IN_CACHE // (heads * tokens * tokens))
-    return [slice(start, start + size) for start in range(0, batch, size)]
+    return [slice(start, start + size) for start in range(0, max(batch, 1), size)]
 
 
 def _forward(

@@ -4,9 +4,10 @@ Memory is linear in the tokens: of the N x N logits and distances only one tile 
 tile of queries (output, gradient of queries) or of keys (gradients of keys and values) and loops over the other side.
 
 Distances come from differences, exact everywhere, for float32 inputs. For half-precision inputs they come from products
-on tensor cores, whose error is below the rounding of a bias to half precision; signatures are centred first, which
-changes no distance and leaves less to cancel. Gradients of signatures, `sum_j R_ij (u_i - u_j)` with
-`R = grad_logits / distances`, always come from products: the rounding of these hurts no more than the rounding of u.
+on tensor cores, which lose distances below about 1e-3 of the norms, as rounding a bias to bfloat16 does; signatures are
+centred first, which changes no distance and leaves less to cancel. Gradients of signatures, with
+`R = grad_logits / distances` the sum of `R_ij (u_i - u_j)` over j, always come from products: the rounding of these
+hurts no more than the rounding of u.
 
 Importing this module imports triton. operator.py makes an operator of it.
 """
