@@ -38,7 +38,8 @@ def why_not_triton(
     """
     height, width = grid
     least, most = HEAD_DIMS
-    if torch.jit.is_tracing() or is_exporting():
+    # up to torch 2.11 the compiler says that it is exporting, but the flag beneath is right
+    if torch.jit.is_tracing() or (is_exporting() and torch.compiler._is_exporting_flag):
         return 'the model is being exported'
     if not use_fused_attn():
         return "timm's fused attention is switched off (timm.layers.set_fused_attn, TIMM_FUSED_ATTN)"
