@@ -56,7 +56,7 @@ class TestAgainstTheReference:
     def test_images_in_parts(self, monkeypatch, recompute):
         monkeypatch.setattr(eager, 'NUMBERS_IN_CACHE', 2 * 2 * 13 * 13)
         inputs = random_inputs((3, 4), batch=5)
-        assert len(eager._slices(inputs[0])) == 3
+        assert len(eager._parts(inputs[0])) == 3
         check(inputs, (3, 4), 1, recompute=recompute)
 
     @pytest.mark.parametrize('num_positions', [2, 3, 12])

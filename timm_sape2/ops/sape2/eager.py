@@ -1,18 +1,19 @@
-"""SaPE2 attention on a CPU, forward and backward by hand, one operation an axis where the reference takes many.
+"""SaPE2 attention on a CPU, forward and backward by hand, with nothing stored that has N x N numbers.
 
 Gates are sigmoids of dot products that attention computes anyway: those of the patches of one row or column lie on
 diagonals of the logits. So there is one product of queries and keys forward, and its gradients take those of the gates
-along. A few images at a time pass through all steps, so that their N x N logits stay in the cache.
+along. A few heads at a time pass through all steps in buffers that stay in the cache. The backward pass computes
+logits and distances again: that takes less time than to write them to fresh memory and to read them back.
 """
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference import pairwise_distances
-
-NUMBERS_IN_CACHE = 2**18  # logits of the images that are worked on at a time
+NUMBERS_IN_CACHE = 2**19  # logits that are worked on at a time
+ZERO_BELOW = 2.0**-46  # squared distances below this part of the squared norms are 0: two roundings to float32
 
 
 class Geometry(NamedTuple):
@@ -23,7 +24,19 @@ class Geometry(NamedTuple):
     axes: str  # 'xy', 'x' or 'y'
     semantic: bool  # gates are sigmoids, else 1
     target: str  # 'k' or 'q'
+    scale: float  # factor of the dot products
     recompute: bool  # compute what has N x N numbers again in the backward pass
+
+
+class Axis(NamedTuple):
+    """What the gradients need of one axis, for G heads: signatures (G, N, L), and (G, lines, L, L) on the way there."""
+
+    inverse: Tensor  # inverse distances between signatures, (G, N, N), 0 for a distance of 0
+    signature: Tensor
+    gates: Tensor
+    below: Tensor  # index of the embedding below a position
+    fraction: Tensor  # of the way to the next
+    slope: Tensor  # score of the next embedding less that of the one below, 0 for a position at its limit
 
 
 def why_not_eager(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -65,14 +78,14 @@ def eager_attention(
         num_prefix_tokens: Tokens P before the patches, with bias 0.
         semantic: Gates are `sigmoid(s * q_x . k_t)`, else 1.
         target: 'k' (signatures of queries) or 'q' (of keys).
-        recompute: Compute logits and distances again in the backward pass instead of storing them.
+        recompute: Compute weights and distances again in the backward pass instead of storing them.
 
     Returns:
         Attention output, (B, h, P + N, d), laid out as (B, P + N, h, d). It cannot be differentiated twice.
     """
     tables = torch.cat([table for table in (row_table, column_table) if table is not None]).to(query.dtype)
     axes = ('' if row_table is None else 'x') + ('' if column_table is None else 'y')
-    geometry = Geometry(grid, num_prefix_tokens, axes, semantic, target, recompute)
+    geometry = Geometry(grid, num_prefix_tokens, axes, semantic, target, query.shape[-1] ** -0.5, recompute)
     return _EagerAttention.apply(query, key, value, tables, geometry)
 
 
@@ -81,69 +94,119 @@ class _EagerAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tables: Tensor, geometry: Geometry) -> Tensor:
         batch, heads, tokens, dim = query.shape
         output = query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-        kept: list[tuple[Tensor, ...]] = []
-        for images in _slices(query):
-            mixed, keep = _forward(query[images], key[images], value[images], tables, geometry)
-            output[images] = mixed
-            if any(ctx.needs_input_grad):
-                kept.append(keep)
-        ctx.save_for_backward(tables, *(x for keep in kept for x in keep))
+        keeps = any(ctx.needs_input_grad) and not geometry.recompute
+        kept: list[Tensor] = []
+        for part in _parts(query):
+            part_query, part_key, part_value = _load(query[part], key[part], value[part], geometry)
+            weights, axes = _weights(part_query, part_key, tables, geometry, keeps)
+            mixed = torch.bmm(weights, part_value, out=_buffer('mixed', part_value.shape, value.dtype))
+            output[part] = mixed.view(output[part].shape)
+            if keeps:
+                kept += [weights, *(x for axis in axes for x in axis)]
+        ctx.save_for_backward(query, key, value, tables, *kept)
         ctx.geometry = geometry
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        tables, *kept = ctx.saved_tensors
-        grads = [grad_output.new_empty(grad_output.shape) for _ in range(3)]
+        query, key, value, tables, *kept = ctx.saved_tensors
+        grads = [torch.empty(query.shape, dtype=query.dtype) for _ in range(3)]
         grad_tables = torch.zeros_like(tables)
-        slices = _slices(grad_output)
-        size = len(kept) // len(slices)
-        for i, images in enumerate(slices):
-            keep = kept[i * size : (i + 1) * size]
-            grad_tables += _backward(grad_output[images], tables, ctx.geometry, keep, [grad[images] for grad in grads])
+        parts = _parts(query)
+        size = len(kept) // max(1, len(parts))
+        for i, part in enumerate(parts):
+            inputs = _load(query[part], key[part], value[part], ctx.geometry)
+            if ctx.geometry.recompute:
+                weights, axes = _weights(*inputs[:2], tables, ctx.geometry, keep=False)
+            else:
+                weights, *rest = kept[i * size : (i + 1) * size]
+                axes = [Axis(*rest[j : j + len(Axis._fields)]) for j in range(0, len(rest), len(Axis._fields))]
+            part_grads = [grad[part].flatten(0, 1) for grad in grads]
+            grad_tables += _backward(grad_output[part], *inputs, tables, weights, axes, ctx.geometry, part_grads)
         return *grads, grad_tables, None
 
 
-def _slices(query: Tensor) -> list[slice]:
-    """Images that are worked on at a time."""
+class _Buffers(threading.local):
+    """Memory by name and dtype that stays allocated between calls, as fresh memory is slow to touch."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_BUFFERS = _Buffers()
+
+
+def _buffer(name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of this thread's memory of that name, with what was left in it."""
+    size = torch.Size(shape).numel()
+    found = _BUFFERS.tensors.get((name, dtype))
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):
+            found = _BUFFERS.tensors[name, dtype] = torch.empty(size, dtype=dtype)
+    return found[:size].view(shape)
+
+
+def _parts(query: Tensor) -> list[tuple[slice, slice]]:
+    """Images and heads that are worked on at a time: several images, or some heads of one."""
     batch, heads, tokens, _ = query.shape
-    size = max(1, NUMBERS_IN_CACHE // (heads * tokens * tokens))
-    return [slice(start, start + size) for start in range(0, max(batch, 1), size)]
+    at_once = max(1, NUMBERS_IN_CACHE // (tokens * tokens))
+    images, some_heads = max(1, at_once // heads), min(at_once, heads)
+    return [
+        (slice(image, image + images), slice(head, head + some_heads))
+        for image in range(0, batch, images)
+        for head in range(0, heads, some_heads)
+    ]
 
 
-def _forward(
+def _load(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries, keys and values of a part, (G, P + N, d), in buffers."""
+    buffers = [_buffer(name, query.shape, query.dtype) for name in ('query', 'key', 'value')]
+    torch.mul(query, geometry.scale, out=buffers[0])
+    buffers[1].copy_(key)
+    buffers[2].copy_(value)
+    return buffers[0].flatten(0, 1), buffers[1].flatten(0, 1), buffers[2].flatten(0, 1)
+
+
+def _weights(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     tables: Tensor,
     geometry: Geometry,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Attention output, and what the backward pass needs: queries, keys, values, weights, and six tensors an axis."""
-    scale = query.shape[-1] ** -0.5
-    scaled = torch.mul(query, scale, out=query.new_empty(query.shape)).flatten(0, 1)
-    key, value = key.contiguous().flatten(0, 1), value.contiguous().flatten(0, 1)
-    content, factor = (scaled, 1 / scale) if geometry.target == 'k' else (key, 1.0)
+    keep: bool,
+) -> tuple[Tensor, list[Axis]]:
+    """Attention weights (G, P + N, P + N) and what the gradients need of each axis, in fresh memory to `keep` them."""
+    content, factor = _content(query, key, geometry)
     scores = content @ (factor * tables).t()
-    logits = scaled @ key.mT
+    shape = (*query.shape[:2], query.shape[1])
+    logits = query.new_empty(shape) if keep else _buffer('logits', shape, query.dtype)
+    torch.bmm(query, key.mT, out=logits)
     patches = logits[:, geometry.prefix :, geometry.prefix :]
-    keep = []
-    for axis, axis_scores in zip(geometry.axes, _split_scores(scores, geometry), strict=True):
-        gates = _lines(patches, geometry.grid, axis).clone(memory_format=torch.contiguous_format)
-        gates = gates.sigmoid_() if geometry.semantic else gates.fill_(1.0)
-        keep.append(_read(gates, axis_scores, axis))
-    for axis_keep in keep:
-        patches += axis_keep[-1]
-    weights = logits.softmax(-1)
-    mixed = (weights @ value).unflatten(0, query.shape[:2])
-    if geometry.recompute:
-        return mixed, (scaled, key, value, *(x for axis_keep in keep for x in axis_keep[:5]))
-    return mixed, (scaled, key, value, weights, *(x for axis_keep in keep for x in axis_keep))
+    lines = [
+        _read(patches, axis_scores, axis, geometry)
+        for axis, axis_scores in zip(geometry.axes, _split_scores(scores, geometry), strict=True)
+    ]
+    axes = []
+    for axis, line in zip(geometry.axes, lines, strict=True):
+        shape = patches.shape
+        inverse = query.new_empty(shape) if keep else _buffer(f'inverse {axis}', shape, query.dtype)
+        squares = _squared_distances(line[0])
+        torch.rsqrt(squares, out=inverse).nan_to_num_(nan=float('nan'), posinf=0.0)
+        patches.addcmul_(squares, inverse)
+        axes.append(Axis(inverse, *line))
+    return torch.softmax(logits, -1, out=logits), axes
 
 
-def _read(gates: Tensor, scores: Tensor, axis: str) -> tuple[Tensor, ...]:
-    """Signatures of all patches and the distances between them, after what the backward pass needs on the way there."""
+def _content(query: Tensor, key: Tensor, geometry: Geometry) -> tuple[Tensor, float]:
+    """What reads the embeddings, and what to multiply these with if it is scaled queries."""
+    return (query, 1 / geometry.scale) if geometry.target == 'k' else (key, 1.0)
+
+
+def _read(patches: Tensor, scores: Tensor, axis: str, geometry: Geometry) -> tuple[Tensor, ...]:
+    """Signatures along one axis from dot products (G, N, N) and scores (G, lines, L, n), and the rest of `Axis`."""
     last = scores.shape[-1] - 1
+    gates = _lines(patches, geometry.grid, axis).clone(memory_format=torch.contiguous_format)
+    gates = gates.sigmoid_() if geometry.semantic else gates.fill_(1.0)
     sums = gates @ gates.new_ones(gates.shape[-1], gates.shape[-1]).tril()
     positions = sums.clamp(max=last)
     index = positions.long().clamp_(0, last - 1)  # NaN has no index, but must come out as NaN
@@ -151,88 +214,93 @@ def _read(gates: Tensor, scores: Tensor, axis: str) -> tuple[Tensor, ...]:
     at_lower = scores.gather(-1, index)
     slope = scores.gather(-1, index + 1).sub_(at_lower)
     signature = at_lower.addcmul_(fraction, slope)
-    slope.masked_fill_(sums > last, 0.0)  # a position at its limit has no gradient
+    slope.masked_fill_(sums > last, 0.0)
     signature = (signature.transpose(1, 2) if axis == 'y' else signature).flatten(1, 2)
-    return gates, index, fraction, slope, signature, _distances(signature)
+    return signature, gates, index, fraction, slope
 
 
-def _distances(points: Tensor) -> Tensor:
-    """Euclidean distances of all pairs, (B * h, N, N), from products in float64 for points in float32.
+def _squared_distances(points: Tensor) -> Tensor:
+    """Squared distances of all pairs of points (G, N, L), exactly 0 for equal ones, (G, N, N) in a buffer.
 
-    Cancellation leaves an error of 1e-8 of the norms, less than the rounding of the points themselves.
+    They come from products in float64. Cancellation leaves an error of 1e-8 of the norms in a distance, less than the
+    rounding of points in float32.
     """
-    if points.dtype == torch.float64:
-        return pairwise_distances(points)
-    points = points.double()
-    norms = points.square().sum(-1, keepdim=True)
+    doubles = points.double()
+    norms = doubles.square().sum(-1, keepdim=True)
     ones = torch.ones_like(norms)
-    squares = torch.cat([points, norms, ones], -1) @ torch.cat([-2 * points, ones, norms], -1).mT
-    distances = squares.float().clamp_(min=0.0).sqrt_()
-    distances.diagonal(dim1=-2, dim2=-1).zero_()
-    return distances
+    lowered = norms * (1 - ZERO_BELOW)
+    shape = (*points.shape[:2], points.shape[1])
+    squares = torch.bmm(
+        torch.cat([doubles, lowered, ones], -1),
+        torch.cat([-2 * doubles, ones, lowered], -1).mT,
+        out=_buffer('squares', shape, torch.float64),
+    )
+    return _buffer('distances', shape, points.dtype).copy_(squares).clamp_(min=0.0)
 
 
 def _backward(
     grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     tables: Tensor,
+    weights: Tensor,
+    axes: list[Axis],
     geometry: Geometry,
-    keep: list[Tensor],
     grads: list[Tensor],
 ) -> Tensor:
-    """Write the gradients of queries, keys and values into `grads` and return that of the tables."""
-    prefix, grid = geometry.prefix, geometry.grid
-    scaled, key, value, *rest = keep
-    scale = key.shape[-1] ** -0.5
-    if geometry.recompute:
-        axes_keep = [(*rest[i : i + 5], _distances(rest[i + 4])) for i in range(0, len(rest), 5)]
-        logits = scaled @ key.mT
-        for axis_keep in axes_keep:
-            logits[:, prefix:, prefix:] += axis_keep[-1]
-        weights = logits.softmax(-1)
-    else:
-        weights = rest[0]
-        axes_keep = [tuple(rest[i : i + 6]) for i in range(1, len(rest), 6)]
+    """Write the gradients of queries, keys and values of a part into `grads` and return that of the tables."""
+    grad_query, grad_key, grad_value = grads
+    grad_mixed = _buffer('mixed', grad_output.shape, grad_output.dtype).copy_(grad_output).flatten(0, 1)
+    torch.bmm(weights.mT, grad_mixed, out=grad_value)
+    grad_weights = torch.bmm(grad_mixed, value.mT, out=_buffer('gradient', weights.shape, weights.dtype))
+    grad_logits = torch.ops.aten._softmax_backward_data.out(
+        grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
+    )
 
-    grad_query, grad_key, grad_value = (grad.flatten(0, 1) for grad in grads)
-    grad_output = grad_output.flatten(0, 1)
-    torch.bmm(weights.mT, grad_output, out=grad_value)
-    grad_logits = torch._softmax_backward_data(grad_output @ value.mT, weights, -1, weights.dtype)
-    patches = grad_logits[:, prefix:, prefix:]
-    both_ways = patches + patches.mT
-    content, factor = (scaled, 1 / scale) if geometry.target == 'k' else (key, 1.0)
+    patches = grad_logits[:, geometry.prefix :, geometry.prefix :]
+    both_ways = torch.add(patches, patches.mT, out=_buffer('both ways', patches.shape, patches.dtype))
+    content, factor = _content(query, key, geometry)
     grad_scores = content.new_zeros(*content.shape[:2], len(tables))
     grad_gates = []
-    for axis, axis_keep, axis_grad_scores in zip(
-        geometry.axes, axes_keep, _split_scores(grad_scores, geometry), strict=True
-    ):
-        gates, index, fraction, slope, signature, distances = axis_keep
-        grad = torch.ops.aten._cdist_backward(both_ways, signature, signature, 2.0, distances).unflatten(1, grid)
-        grad = grad.transpose(1, 2) if axis == 'y' else grad
-        at_upper = grad * fraction
-        axis_grad_scores.scatter_add_(-1, index, grad - at_upper)
-        axis_grad_scores.scatter_add_(-1, index + 1, at_upper)
+    for name, axis, axis_grad_scores in zip(geometry.axes, axes, _split_scores(grad_scores, geometry), strict=True):
+        grad = _signature_gradient(both_ways, axis.inverse, axis.signature).unflatten(1, geometry.grid)
+        grad = grad.transpose(1, 2) if name == 'y' else grad
+        at_upper = grad * axis.fraction
+        axis_grad_scores.scatter_add_(-1, axis.below, grad - at_upper)
+        axis_grad_scores.scatter_add_(-1, axis.below + 1, at_upper)
         if geometry.semantic:
-            grad_sums = (grad * slope) @ gates.new_ones(gates.shape[-1], gates.shape[-1]).triu()
-            grad_gates.append((axis, torch.ops.aten.sigmoid_backward(grad_sums, gates)))
-    for axis, axis_grad_gates in grad_gates:
-        _lines(patches, grid, axis).add_(axis_grad_gates)
+            grad_sums = (grad * axis.slope) @ grad.new_ones(grad.shape[-1], grad.shape[-1]).triu()
+            grad_gates.append((name, torch.ops.aten.sigmoid_backward(grad_sums, axis.gates)))
+    for name, axis_grad_gates in grad_gates:
+        _lines(patches, geometry.grid, name).add_(axis_grad_gates)
 
     torch.bmm(grad_logits, key, out=grad_query)
-    torch.bmm(grad_logits.mT, scaled, out=grad_key)
+    torch.bmm(grad_logits.mT, query, out=grad_key)
     grad_content = grad_query if geometry.target == 'k' else grad_key
     grad_scores = grad_scores.flatten(0, 1)
     grad_content.view(-1, grad_content.shape[-1]).addmm_(grad_scores, factor * tables)
-    grad_query.mul_(scale)
+    grad_query.mul_(geometry.scale)
     return factor * (grad_scores.t() @ content.flatten(0, 1))
 
 
+def _signature_gradient(grad_distances: Tensor, inverse: Tensor, points: Tensor) -> Tensor:
+    """Gradient of points (G, N, L) from that of their distances in both orders added up, and the inverse distances.
+
+    With `R = grad_distances * inverse` it is `(sum_j R_ij) u_i - sum_j R_ij u_j`. As R is symmetric, it may stand on
+    the right, where the product takes a fraction of the time.
+    """
+    ratio = torch.mul(grad_distances, inverse, out=_buffer('distances', inverse.shape, inverse.dtype))
+    return ratio.sum(-1, keepdim=True) * points - (points.mT @ ratio).mT
+
+
 def _split_scores(scores: Tensor, geometry: Geometry) -> list[Tensor]:
-    """Scores of the patches with each axis' table as lines, (B * h, lines, L, n), out of (B * h, P + N, axes * n)."""
+    """Scores of the patches with each axis' table as lines, (G, lines, L, n), out of (G, P + N, axes * n)."""
     views = scores[:, geometry.prefix :].unflatten(1, geometry.grid).chunk(len(geometry.axes), -1)
     return [view.transpose(1, 2) if axis == 'y' else view for view, axis in zip(views, geometry.axes, strict=True)]
 
 
 def _lines(patches: Tensor, grid: tuple[int, int], axis: str) -> Tensor:
-    """Entries of (B * h, N, N) for pairs of patches of one row ('x') or column ('y'), (B * h, lines, L, L), a view."""
+    """Entries of (G, N, N) for pairs of patches of one row ('x') or column ('y'), (G, lines, L, L), a view."""
     pairs = patches.unflatten(2, grid).unflatten(1, grid)
     return (pairs.diagonal(0, 1, 3) if axis == 'x' else pairs.diagonal(0, 2, 4)).permute(0, 3, 1, 2)
