@@ -20,6 +20,7 @@ OPTIONS = (
     {'axes': 'y'},
     {'distance_scale': 'grid', 'num_positions': 3},
     {'recompute': True},
+    {'recompute': True, 'target': 'qk'},
 )
 
 
@@ -85,12 +86,40 @@ def test_triton_compiles_to_one_graph(tiny_vit, triton_device, calls):
     assert 'triton' in calls and 'eager' not in calls
 
 
+@pytest.mark.parametrize('compiled', [False, True])
+def test_recompute_stores_nothing_square_on_the_plain_path(tiny_vit, x, compiled):
+    """Two images, two heads, 63 patches: no distances are kept for the backward pass."""
+    torch._dynamo.reset()
+    kept = {}
+    for recompute in (False, True):
+        model = tiny_vit('sape2', position_args={'sape2': {'target': 'qk', 'recompute': recompute}}, depth=1)
+        model = torch.compile(model, backend='aot_eager', fullgraph=True) if compiled else model
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            model(x)
+        kept[recompute] = [size for size in sizes if size == 2 * 2 * 63 * 63]
+    assert kept[False] and not kept[True]
+
+
 def test_checkpointing(tiny_vit, x, calls):
     model = tiny_vit(global_pool='avg')
     expected = gradients(model, x)
     model.set_grad_checkpointing()
     torch.testing.assert_close(gradients(model, x), expected)
     assert calls == ['eager'] * (2 + 4)
+
+
+def test_distributed_data_parallel_with_triton(tiny_vit, triton_device, calls, tmp_path):
+    model = tiny_vit(img_size=(24, 32), depth=1, global_pool='avg').to(triton_device)
+    x = torch.randn(1, 3, 24, 32, device=triton_device)
+    expected = gradients(model, x)
+    torch.distributed.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        output, found = gradients(nn.parallel.DistributedDataParallel(model), x)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close((output, list(found.values())), (expected[0], list(expected[1].values())))
+    assert calls == ['triton'] * 2
 
 
 @pytest.mark.parametrize('kind', ['mask', 'causal', 'dropout', 'switched off', 'bfloat16', 'autocast', 'compiled'])

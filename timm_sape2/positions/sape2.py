@@ -3,11 +3,21 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import trunc_normal_
+from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.jit import Final
 
-from ..ops.sape2 import eager_attention, sape2_attention, sape2_bias, sape2_signatures, why_not_eager, why_not_triton
+from ..ops.sape2 import (
+    eager_attention,
+    is_being_exported,
+    sape2_attention,
+    sape2_bias,
+    sape2_signatures,
+    why_not_eager,
+    why_not_triton,
+)
 from .base import Host, PositionEncoding
 
 torch.fx.wrap('sape2_bias')
@@ -33,8 +43,8 @@ class SaPE2(PositionEncoding):
         num_positions: Entries of each table; positions are clamped to the last.
         distance_scale: 'none' (the paper), or 'grid' to multiply distances by sqrt(W_reference / W) and
             sqrt(H_reference / H), with the reference grid kept in the state dict.
-        recompute: Without the Triton kernel, compute logits and bias again in the backward pass: nothing with N x N
-            numbers is stored for it, at the price of time.
+        recompute: Where the Triton kernel does not run, compute logits and bias again in the backward pass: nothing
+            with N x N numbers is stored for it, at the price of time.
 
     Raises:
         ValueError: An option is not one of those listed, or `num_positions` is below 2.
@@ -105,7 +115,7 @@ class SaPE2(PositionEncoding):
             return None
         return value if self.gates_from_value else self.gate_key(key)
 
-    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
         return sape2_bias(
             query,
             key,
@@ -142,7 +152,9 @@ class SaPE2(PositionEncoding):
             row, column = (x[0] if x else None for x in (rows, columns))
             return sape2_attention(query, key, value, row, column, grid, num_prefix_tokens, implementation='triton')
         if self.why_not_eager(query, key, value) is not None:
-            return None
+            if is_being_exported() or not (self.recompute and torch.is_grad_enabled()):
+                return None
+            return checkpoint(self.attend, query, key, value, grid, num_prefix_tokens)
         row_table, column_table = self.row_table, self.column_table
         if self.reference_grid is not None:  # signatures, and so distances, are linear in the tables
             row_scale, column_scale = (self.reference_grid.flip(0) / torch.tensor((grid[1], grid[0]))).sqrt()
@@ -160,6 +172,20 @@ class SaPE2(PositionEncoding):
             self.target,
             self.recompute,
         )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+    ) -> Tensor:
+        """Attention with a stored bias, (B, h, P + N, d)."""
+        patch_query, patch_key, patch_value = (x[:, :, num_prefix_tokens:] for x in (query, key, value))
+        bias = self.attention_bias(patch_query, patch_key, patch_value, grid)
+        bias = F.pad(bias, [num_prefix_tokens, 0, num_prefix_tokens, 0])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
     def why_not_triton(self, query: Tensor, grid: tuple[int, int]) -> str | None:
         """Tell why the Triton kernel cannot compute attention with this encoding, None if it can.

@@ -1,5 +1,6 @@
 """SaPE2 attention: the reference of its bias, and implementations that need not store it."""
 
+from .choice import is_being_exported as is_being_exported
 from .choice import sape2_attention as sape2_attention
 from .choice import why_not_triton as why_not_triton
 from .eager import eager_attention as eager_attention

@@ -17,6 +17,12 @@ MOST_LINES = 128
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
+def is_being_exported() -> bool:
+    """Tell whether a model is traced or exported, as opposed to compiled."""
+    # up to torch 2.11 the compiler says that it is exporting, but the flag beneath is right
+    return torch.jit.is_tracing() or (is_exporting() and torch.compiler._is_exporting_flag)
+
+
 def why_not_triton(
     query: Tensor,
     grid: tuple[int, int],
@@ -38,8 +44,7 @@ def why_not_triton(
     """
     height, width = grid
     least, most = HEAD_DIMS
-    # up to torch 2.11 the compiler says that it is exporting, but the flag beneath is right
-    if torch.jit.is_tracing() or (is_exporting() and torch.compiler._is_exporting_flag):
+    if is_being_exported():
         return 'the model is being exported'
     if not use_fused_attn():
         return "timm's fused attention is switched off (timm.layers.set_fused_attn, TIMM_FUSED_ATTN)"
