@@ -8,7 +8,7 @@ from timm_sape2.__main__ import main
 
 def test_shows_every_model(capsys):
     assert main(['list']) is None
-    header, *rows = capsys.readouterr().out.splitlines()
+    header, *rows = capsys.readouterr().out.split('\n\n')[0].splitlines()
     assert header.split() == ['model', 'position', 'input', 'patch', 'parameters']
     assert [row.split()[0] for row in rows] == timm.list_models(module='vision_transformer_sape2')
 

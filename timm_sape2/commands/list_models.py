@@ -7,6 +7,7 @@ import timm
 
 from ..model_cost import count_flops, count_parameters
 from .list_encodings import show_encodings
+from .list_implementations import show_implementations
 from .parser import Commands
 from .table import print_table
 
@@ -18,6 +19,10 @@ def add_list(commands: Commands) -> None:
         help='show the models, or the position encodings',
         description="""\
 Show the models that this package registers with timm, or the encodings.
+
+Below all models stands how SaPE2 attention is computed on this machine, and why
+not in a faster way: by the Triton kernel (triton), by hand on a CPU (eager), or
+as defined, with a stored bias (reference).
 
 The table of encodings is measured. Translation: content that moves keeps its
 features ('relative'; 'relative inside' if the border of the image makes a
@@ -48,6 +53,9 @@ def show(arguments: argparse.Namespace) -> None:
     """Print the table that the arguments ask for."""
     if not arguments.encodings:
         show_models(arguments)
+        if not arguments.pattern:
+            print()
+            show_implementations()
     elif arguments.pattern or arguments.gmacs:
         raise ValueError('--encodings goes alone, without names of models and without --gmacs')
     else:

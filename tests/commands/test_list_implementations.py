@@ -1,0 +1,27 @@
+"""What `timm-sape2 list` says about the implementations of SaPE2 attention."""
+
+import pytest
+import torch
+
+from timm_sape2.__main__ import main
+from timm_sape2.commands.list_implementations import choose_implementation
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+def test_the_last_lines_of_the_list(capsys):
+    main(['list'])
+    header, *rows = capsys.readouterr().out.split('\n\n')[-1].splitlines()
+    assert header.split() == ['SaPE2', 'attention', 'runs', 'because']
+    assert [row.partition('  ')[0] for row in rows] == ['cpu, float32', 'cpu, bfloat16']
+
+
+def test_on_a_cpu():
+    assert choose_implementation('cpu', torch.float32) == ('eager', 'not triton: not a CUDA tensor')
+    assert choose_implementation('cpu', torch.bfloat16) == (
+        'reference',
+        'not triton: not a CUDA tensor; not eager: not in float32 or float64',
+    )
+
+
+def test_the_kernel(triton_device):
+    assert choose_implementation(triton_device, torch.bfloat16) == ('triton', 'nothing prevents it')
