@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-NUMBERS_IN_CACHE = 2**19  # logits that are worked on at a time
+NUMBERS_IN_CACHE = 2**20  # logits that are worked on at a time
 ZERO_BELOW = 2.0**-46  # squared distances below this part of the squared norms are 0: two roundings to float32
 
 
