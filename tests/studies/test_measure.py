@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from timm_sape2.ops.sape2 import eager_attention
 from timm_sape2.studies import measure
 from timm_sape2.studies.measure import peak_memory, ratio_quartiles, seconds_in_turns
 
@@ -61,6 +62,17 @@ def test_peak_memory_counts_what_backward_needs():
     with torch.no_grad():
         assert peak_memory(lambda: x.exp().exp().exp(), CPU) == 8_000_000
     assert peak_memory(lambda: x.exp().exp().exp(), CPU) == 12_000_000
+
+
+def test_buffers_that_attention_keeps_are_counted():
+    """As large for the second call as for the first, which allocates them."""
+    tensors = [torch.randn(1, 2, 65, 16) for _ in range(3)] + [torch.randn(10, 16) for _ in range(2)]
+
+    def step():
+        return eager_attention(*tensors, (8, 8), 1)
+
+    first, second = peak_memory(step, CPU), peak_memory(step, CPU)
+    assert first == second > 2 * 65 * 65 * 4, 'the logits of two heads'
 
 
 def test_the_profiler_is_silent_and_stderr_comes_back(capfd):

@@ -17,6 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from ..ops.sape2 import release_buffers
+
 Step: TypeAlias = Callable[[], object]
 
 WARM_UP = 2
@@ -82,8 +84,10 @@ def peak_memory(step: Step, device: torch.device) -> int:
     """Return the bytes that PyTorch allocates at the peak of a step, beyond what was allocated before it.
 
     On a GPU this is what `torch.cuda.max_memory_allocated` says, on a CPU the same from torch's profiler, which records
-    every allocation and release. Buffers that libraries such as oneDNN allocate by themselves are not in it.
+    every allocation and release. The buffers that SaPE2 keeps between steps on a CPU are in it; those that libraries
+    such as oneDNN allocate by themselves are not.
     """
+    release_buffers()
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -147,6 +147,11 @@ def _buffer(name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) 
     return found[:size].view(shape)
 
 
+def release_buffers() -> None:
+    """Free the memory that this thread's calls of `eager_attention` have left for the next ones."""
+    _BUFFERS.tensors.clear()
+
+
 def _parts(query: Tensor) -> list[tuple[slice, slice]]:
     """Images and heads that are worked on at a time: several images, or some heads of one."""
     batch, heads, tokens, _ = query.shape
