@@ -11,11 +11,16 @@ def count_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_flops(model: Any) -> int:
-    """Return the FLOPs for one image that torch's counter sees: those of matrix products and convolutions."""
+def count_flops(model: Any, size: tuple[int, int, int] | None = None) -> int:
+    """Return the FLOPs for one image that torch's counter sees: those of matrix products and convolutions.
+
+    Args:
+        model: The model.
+        size: Channels, height and width of the image, by default those of a model of this package.
+    """
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *input_size(model), device=device))
+        model(torch.empty(1, *(size or input_size(model)), device=device))
     return counter.get_total_flops()
 
 

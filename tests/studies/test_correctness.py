@@ -1,11 +1,20 @@
-"""A model that gives wrong numbers is found out."""
+"""A model or an operator that gives wrong numbers is found out."""
 
 import pytest
 import torch
 from torch import nn
 
+from timm_sape2.ops.sape2 import eager_attention
 from timm_sape2.positions.sape2 import SaPE2
-from timm_sape2.studies.correctness import check_bias, check_logits
+from timm_sape2.studies.attentions import Inputs, cpu_attention, draw_inputs, plain_attention, reference_attention
+from timm_sape2.studies.correctness import (
+    check_against_reference,
+    check_attention,
+    check_bias,
+    check_fused,
+    check_logits,
+    output_and_gradients,
+)
 
 
 class Logits(nn.Module):
@@ -57,3 +66,85 @@ def test_a_wrong_bias(monkeypatch, tiny_vit, wrong):
     monkeypatch.setattr(SaPE2, 'attention_bias', lambda self, *inputs: wrong(attention_bias(self, *inputs)))
     with pytest.raises(RuntimeError, match=r'^sape2, block 0: the bias of SaPE2 differs from the reference by'):
         check_bias('sape2', tiny_vit('sape2'), torch.randn(1, 3, 56, 72), 1e-3)
+
+
+@pytest.mark.parametrize('position', ['learned', 'rope', 'sape2', 'learned+sape2'])
+def test_models_pass(tiny_vit, position):
+    model, images = tiny_vit(position, reg_tokens=1), torch.randn(2, 3, 56, 72)
+    with torch.inference_mode():
+        check_against_reference(position, model, model, images, 1e-5)
+        check_fused(position, model, images, 1e-5)
+    assert all(block.attn.fused_encoding == ('sape2' if 'sape2' in position else '') for block in model.blocks)
+
+
+@pytest.mark.parametrize('wrong', [lambda x: x * 1.01, torch.zeros_like, lambda x: x * torch.nan])
+def test_a_model_that_is_measured_in_another_way(tiny_vit, wrong):
+    model, images = tiny_vit('sape2'), torch.randn(2, 3, 56, 72)
+    with torch.no_grad(), pytest.raises(RuntimeError, match='sape2: logits differ from those of the reference by'):
+        check_against_reference('sape2', lambda x: wrong(model(x)), model, images, 1e-3)
+
+
+@pytest.mark.parametrize('wrong', [lambda x: x * 1.01, torch.zeros_like, lambda x: x * torch.nan])
+def test_wrong_fused_attention(monkeypatch, tiny_vit, wrong):
+    monkeypatch.setattr('timm_sape2.positions.sape2.eager_attention', lambda *args: wrong(eager_attention(*args)))
+    model, images = tiny_vit('sape2'), torch.randn(1, 3, 56, 72)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r'^sape2, block 0: attention differs from the'),
+    ):
+        check_fused('sape2', model, images, 1e-3)
+
+
+def test_gradients_by_hand():
+    """One patch and a class token attend to themselves alike, 0.5 each, as q = k = 0; there are no distances."""
+    zeros, tables = torch.zeros(1, 1, 2, 1), torch.zeros(2, 1)
+    value = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+    grad_output = torch.tensor([2.0, 0.0]).view(1, 1, 2, 1)
+    found = output_and_gradients(reference_attention, Inputs(zeros, zeros, value, tables, tables), (1, 1), grad_output)
+    assert found['output'].flatten().tolist() == [2, 2]
+    assert found['gradient of value'].flatten().tolist() == [1, 1]
+    assert all(not found[f'gradient of {name}'].any() for name in ('query', 'key', 'row table', 'column table'))
+
+
+@pytest.fixture
+def inputs():
+    return draw_inputs(2, 2, 16, (3, 4), torch.float32, torch.device('cpu'))
+
+
+def test_attention_passes(inputs):
+    for attention in (reference_attention, cpu_attention):
+        check_attention('cpu', attention, inputs, (3, 4), 1e-5)
+
+
+class WrongGradient(torch.autograd.Function):
+    """The identity with a gradient 1% too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.01 * grad
+
+
+@pytest.mark.parametrize('name', Inputs._fields)
+def test_a_wrong_gradient(inputs, name):
+    def attention(inputs, grid):
+        return cpu_attention(inputs._replace(**{name: WrongGradient.apply(getattr(inputs, name))}), grid)
+
+    what = f'gradient of {name.replace("_", " ")}'
+    with pytest.raises(RuntimeError, match=f'^cpu: the {what} of attention differs from the reference by'):
+        check_attention('cpu', attention, inputs, (3, 4), 1e-3)
+
+
+@pytest.mark.parametrize('wrong', [plain_attention, lambda inputs, grid: cpu_attention(inputs, grid[::-1])])
+def test_wrong_attention(inputs, wrong):
+    with pytest.raises(RuntimeError, match=r'^cpu: the output of attention differs'):
+        check_attention('cpu', wrong, inputs, (3, 4), 1e-3)
+
+
+def test_a_grid_without_distances():
+    """One patch: nothing trains the tables."""
+    inputs = draw_inputs(1, 2, 16, (1, 1), torch.float32, torch.device('cpu'))
+    check_attention('cpu', cpu_attention, inputs, (1, 1), 1e-5)

@@ -1,37 +1,40 @@
 """Study: what each position encoding costs."""
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model_cost import count_flops, count_parameters, input_size
-from ..positions import ENCODINGS, parse_position
+from ..positions import ENCODINGS
 from ..training.arguments import positive_int
 from ..training.hardware import check_device, mixed_precision, set_up_device
-from ..vit import PositionVisionTransformer
-from .correctness import check_bias, check_logits
+from .correctness import check_against_reference, check_bias, check_fused, check_logits
 from .measure import Step, peak_memory, ratio_quartiles, seconds_in_turns
+from .operator_overhead import OperatorOverhead
 from .report import grouped, markdown_table, new_figure
+from .settings import SETTINGS, TOKENS, device_name, refuse_flags, refuse_too_large, units_of
 from .study import Row, Study, Unit
+from .variants import IMPLEMENTATIONS, create_baseline, create_variant, draw_tables, parse_variant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MODEL = 'vit_small_pos_nope'
 BASELINE = 'nope'
-SETTINGS = ('32/4', '224/16', '384/16', '512/16')
-TOKENS = {'cpu': 1024, 'cuda': 16384}
-"""Patch tokens that a batch has at most, unless `--batch-size` says else."""
+DEFAULT_ENCODINGS = (*ENCODINGS, 'learned+sape2', 'sape2:reference')
 
 TOLERANCE = {False: 5e-3, True: 5e-2}
-"""Largest error of SaPE2's bias relative to its largest value: in float32, which is TF32 on a GPU, and in bfloat16."""
+"""Largest error of SaPE2's bias, of attention and of logits, relative to what is right: in float32, which is TF32 on a
+GPU, and in bfloat16."""
+
+TABLE_STD = 0.25
+"""Of SaPE2's tables: with those of a new model the bias is so small that errors would not show."""
 
 RATIOS = {
     'parameters_ratio': 'parameters',
@@ -52,35 +55,38 @@ class Overhead(Study):
 Measure what each position encoding costs in one and the same transformer:
 parameters, FLOPs, images a second in inference and in training (forward, loss,
 backward, AdamW), and the memory that both take. All encodings are measured in
-turns in one process, and reported relative to no encoding (`nope`). A model
-that gives wrong numbers is not measured: the study stops."""
+turns in one process, and reported relative to no encoding (`nope`) or another
+model. With --op, measure SaPE2's attention alone in all its implementations.
+What gives wrong numbers is not measured: the study stops."""
     examples = """\
   timm-sape2 study overhead
+  timm-sape2 study overhead --baseline vit_small_patch16_224 \\
+      --encodings sape2 sape2:reference sape2:recompute sape2:compiled
   timm-sape2 study overhead --model vit_compact_pos_nope_patch4_32 \\
       --settings 32/4 64/4 --encodings learned sape2 --batch-size 32 8
-  timm-sape2 study overhead --device cuda --amp --compile --rounds 30"""
+  timm-sape2 study overhead --device cuda --amp --compile --rounds 30
+  timm-sape2 study overhead --op --experiment overhead_op"""
     takes_flags = False
     one_process = True
 
     def __init__(self, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
+        refuse_flags(arguments, ('heads', 'head_dim'), 'only with --op')
         self.args = argparse.Namespace(device=arguments.device, amp=arguments.amp, amp_dtype='bfloat16')
         check_device(self.args)
-        self.model, self.rounds, self.compile = arguments.model, arguments.rounds, arguments.compile
-        self.encodings = list(dict.fromkeys((BASELINE, *arguments.encodings)))
-        sizes = arguments.batch_size or [None]
-        if len(sizes) not in (1, len(arguments.settings)):
-            raise ValueError(f'--batch-size takes 1 number or {len(arguments.settings)}, one for each of --settings')
-        for encoding in self.encodings:
-            parse_position(encoding)
-            for setting in arguments.settings:
-                create_model(self.model, encoding, setting, torch.device('meta'))
-        self.units = [
-            {'setting': setting, 'batch_size': size or default_batch_size(setting, self.args.device)}
-            for setting, size in zip(arguments.settings, sizes * (len(arguments.settings) // len(sizes)), strict=True)
-        ]
+        self.rounds, self.compile = arguments.rounds, bool(arguments.compile)
+        self.model, self.baseline = arguments.model or MODEL, arguments.baseline or BASELINE
+        settings = arguments.settings or SETTINGS
+        self.units = units_of(settings, arguments.batch_size, self.args.device)
+        names = arguments.encodings or DEFAULT_ENCODINGS
+        names = (BASELINE, *names) if self.baseline == BASELINE else names
+        self.variants = {name: parse_variant(name) for name in names}
+        for name in (self.baseline, *self.variants):
+            for setting in settings:
+                self.create(name, setting, torch.device('meta'))
         self.configuration = {
             'model': self.model,
-            'encodings': self.encodings,
+            'baseline': self.baseline,
+            'encodings': list(self.variants),
             'rounds': self.rounds,
             'device': device_name(self.args.device),
             'amp': self.args.amp,
@@ -91,25 +97,17 @@ that gives wrong numbers is not measured: the study stops."""
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         add(
-            '--model',
-            default='vit_small_pos_nope',
-            metavar='NAME',
-            help='model of this package that gives width and depth (default: %(default)s)',
-        )
-        add(
-            '--encodings',
-            nargs='+',
-            default=[*ENCODINGS, 'learned+sape2'],
-            metavar='NAME',
-            help="names as in position=, joined by '+' (default: all, and learned+sape2); "
-            f'{BASELINE} is always measured',
+            '--op',
+            dest='study',
+            action='store_const',
+            const=OperatorOverhead,
+            help='measure attention with SaPE2 alone, in each implementation, relative to attention without a bias',
         )
         add(
             '--settings',
             nargs='+',
-            default=list(SETTINGS),
             metavar='IMAGE/PATCH',
-            help=f'sides of image and patch in pixels (default: {" ".join(SETTINGS)})',
+            help=f'sides of image and patch in pixels (default: {" ".join(SETTINGS)}, with --op 1024/16 too)',
         )
         add(
             '--batch-size',
@@ -120,93 +118,135 @@ that gives wrong numbers is not measured: the study stops."""
             f'(default: at most {TOKENS["cpu"]} patches, on a GPU {TOKENS["cuda"]})',
         )
         add(
-            '--rounds', type=positive_int, default=7, metavar='N', help='turns of every encoding (default: %(default)s)'
+            '--rounds',
+            type=positive_int,
+            default=7,
+            metavar='N',
+            help='turns of all that is measured (default: %(default)s)',
         )
         add('--device', metavar='NAME', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
-        add('--amp', action='store_true', help='mixed precision in bfloat16')
-        add('--compile', action='store_true', help='measure models compiled by torch.compile')
+        add('--amp', action='store_true', help='mixed precision in bfloat16, with --op inputs in bfloat16')
+        add = parser.add_argument_group('models, without --op').add_argument
+        add('--model', metavar='NAME', help=f'model of this package that gives width and depth (default: {MODEL})')
+        add(
+            '--encodings',
+            nargs='+',
+            metavar='NAME',
+            help="names as in position=, joined by '+', and an implementation after ':' where the usual one is not "
+            f'meant: {"; ".join(f"{name}, {what}" for name, what in IMPLEMENTATIONS.items())} '
+            '(default: all encodings, learned+sape2 and sape2:reference)',
+        )
+        add(
+            '--baseline',
+            metavar='NAME',
+            help='what all is relative to: one of --encodings, or a model of timm that takes image and patch size '
+            f'(default: {BASELINE})',
+        )
+        add('--compile', action='store_true', default=None, help='measure all models compiled by torch.compile')
+        add = parser.add_argument_group('attention alone, with --op').add_argument
+        add('--heads', type=positive_int, metavar='N', help=f'attention heads (default: {OperatorOverhead.HEADS})')
+        add(
+            '--head-dim',
+            type=positive_int,
+            metavar='N',
+            help=f'channels of a head (default: {OperatorOverhead.HEAD_DIM})',
+        )
+
+    def create(self, name: str, setting: str, device: torch.device) -> Any:
+        """Create the model that a line of the table is about."""
+        if name in self.variants:
+            return create_variant(self.model, self.variants[name], setting, device)
+        return create_baseline(name, setting, device)
 
     def run(self, unit: Unit, folder: Path) -> list[Row]:
         device = set_up_device(self.args)
         torch.manual_seed(0)
-        models = {encoding: create_model(self.model, encoding, unit['setting'], device) for encoding in self.encodings}
-        images = torch.randn(unit['batch_size'], *input_size(models[BASELINE]), device=device)
         torch.compiler.reset()
-        try:
-            with torch._dynamo.config.patch(recompile_limit=8 * len(models)):
-                rows = self.measure(models, images, unit['setting'])
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f'{unit["setting"]} with batches of {unit["batch_size"]} is too large for {device}: lower --batch-size'
-            ) from error
+        names = list(dict.fromkeys((self.baseline, *self.variants)))
+        with refuse_too_large(unit, device), torch._dynamo.config.patch(recompile_limit=8 * len(names)):
+            models = {name: self.create(name, unit['setting'], device) for name in names}
+            for model in models.values():
+                draw_tables(model, TABLE_STD)
+            size = input_size(models[next(iter(self.variants))])
+            images = torch.randn(unit['batch_size'], *size, device=device)
+            rows = self.measure(models, images, unit['setting'])
         return [unit | row for row in rows]
 
     def measure(self, models: dict[str, Any], images: Tensor, setting: str) -> list[Row]:
         """Check all models on a batch, measure them in turns, and return a row for each."""
         autocast, _ = mixed_precision(self.args, images.device)
-        measured = dict(models)
-        if self.compile:
-            measured = {name: torch.compile(model, fullgraph=True, dynamic=False) for name, model in models.items()}
+        compiled = [name for name in models if self.compile or name.endswith(':compiled')]
+        measured = models | {name: torch.compile(models[name], fullgraph=True, dynamic=False) for name in compiled}
         for name, model in models.items():
             with autocast(), torch.inference_mode():
                 check_logits(name, measured[name].eval(), images, model.num_classes)
-                check_bias(name, model, images[:1], TOLERANCE[self.args.amp])
+                check_against_reference(name, measured[name], model, images, TOLERANCE[self.args.amp])
+                if name in self.variants:
+                    check_bias(name, model, images[:1], TOLERANCE[self.args.amp])
+                    check_fused(name, model, images, TOLERANCE[self.args.amp])
         rows: dict[str, Row] = {name: {'encoding': name} for name in models}
-        add_ratios(rows, 'parameters', {name: count_parameters(model) for name, model in models.items()})
-        add_ratios(rows, 'flops', {name: flops_of(self.model, name, setting) for name in models})
+        self.add_ratios(rows, 'parameters', {name: count_parameters(model) for name, model in models.items()})
+        meta = {name: self.create(name, setting, torch.device('meta')).eval() for name in models}
+        size = (images.shape[1], images.shape[2], images.shape[3])
+        self.add_ratios(rows, 'flops', {name: count_flops(model, size) for name, model in meta.items()})
         for phase, make_step in (('inference', inference_step), ('training', training_step)):
             steps = {name: make_step(model, images, autocast) for name, model in measured.items()}
             seconds = seconds_in_turns(steps, self.rounds, images.device, f'{setting} {phase}')
             for name, row in rows.items():
                 row[f'{phase}_images_per_second'] = len(images) / statistics.median(seconds[name])
-                low, median, high = ratio_quartiles(seconds[name], seconds[BASELINE])
+                low, median, high = ratio_quartiles(seconds[name], seconds[self.baseline])
                 row |= {f'{phase}_time_ratio': median, f'{phase}_time_ratio_q1': low, f'{phase}_time_ratio_q3': high}
-            add_ratios(
-                rows, f'{phase}_peak_bytes', {name: peak_memory(step, images.device) for name, step in steps.items()}
-            )
+            peaks = {name: peak_memory(step, images.device) for name, step in steps.items()}
+            self.add_ratios(rows, f'{phase}_peak_bytes', peaks)
         return list(rows.values())
+
+    def add_ratios(self, rows: dict[str, Row], quantity: str, values: dict[str, int]) -> None:
+        """Add a quantity, and its ratio to the baseline's, to the row of every model."""
+        for name, row in rows.items():
+            row |= {quantity: values[name], f'{quantity}_ratio': values[name] / values[self.baseline]}
 
     def report(self, rows: list[Row]) -> str:
         sections = []
         for (setting, batch_size), of_setting in grouped(rows, 'setting', 'batch_size').items():
-            table = [describe_baseline(row) if row['encoding'] == BASELINE else describe(row) for row in of_setting]
+            table = [
+                describe_baseline(row) if row['encoding'] == self.baseline else describe(row) for row in of_setting
+            ]
             sections.append(f'## {setting}, batches of {batch_size}\n\n{markdown_table(table)}')
+        used = {variant.implementation for variant in self.variants.values()}
+        suffixes = [f'`:{name}` is {what}' for name, what in IMPLEMENTATIONS.items() if name in used]
         return f"""\
-What an encoding costs relative to `{BASELINE}`, whose own numbers are in its line: {self.model}, \
+What an encoding costs in {self.model} relative to `{self.baseline}`, whose own numbers are in its line: \
 {'bfloat16 mixed precision' if self.args.amp else 'float32'}, {'torch.compile' if self.compile else 'not compiled'}, \
-{self.configuration['device']}.
+{self.configuration['device']}.{''.join(f' {text}.' for text in suffixes)}
 
 Times are taken in turns, {self.rounds} of every encoding: the median, and the quartiles, of the ratios to the turn of \
-`{BASELINE}` in the same round. A training step is forward, loss, backward and AdamW. Memory is what PyTorch allocates \
-at the peak of a step, beyond the weights and the state of the optimizer. FLOPs are those of one image in inference \
-that `torch.utils.flop_counter` counts, 2 for a multiply-accumulate: matrix products, attention and convolutions, \
-without element-wise work, gathers and the distances of SaPE2.
+`{self.baseline}` in the same round. A training step is forward, loss, backward and AdamW. Memory is what PyTorch \
+allocates at the peak of a step, beyond the weights and the state of the optimizer, and with the buffers that SaPE2 \
+keeps between steps. FLOPs are those of one image in inference that `torch.utils.flop_counter` counts, 2 for a \
+multiply-accumulate: matrix products, attention and convolutions, without element-wise work, gathers and the distances \
+of SaPE2, which is counted as the reference computes it.
 
 """ + '\n\n'.join(sections)
 
     def plots(self, rows: list[Row]) -> 'dict[str, Figure]':
         figure = new_figure(11, 7)
         groups = list(grouped(rows, 'setting', 'batch_size'))
-        encodings = grouped((row for row in rows if row['encoding'] != BASELINE), 'encoding')
+        encodings = grouped((row for row in rows if row['encoding'] != self.baseline), 'encoding')
         width = 0.8 / max(1, len(encodings))
         for axes, column in zip(figure.subplots(2, 2).flat, list(RATIOS)[2:], strict=True):
-            axes.axhline(1, color='black', linestyle=':', label=BASELINE)
+            axes.axhline(1, color='black', linestyle=':', label=self.baseline)
             for i, ((encoding,), of_encoding) in enumerate(encodings.items()):
                 shift = (i - (len(encodings) - 1) / 2) * width
                 places = [groups.index((row['setting'], row['batch_size'])) + shift for row in of_encoding]
-                axes.bar(places, [row[column] for row in of_encoding], width * 0.9, color=f'C{i % 10}', label=encoding)
-            axes.set(title=f'{RATIOS[column]}, {BASELINE} = 1')
+                heights = [row[column] for row in of_encoding]
+                style = {'color': f'C{i % 10}', 'hatch': '//' * (i // 10)}
+                axes.bar(places, heights, width * 0.9, label=encoding, **style)
+            axes.set(title=f'{RATIOS[column]}, {self.baseline} = 1')
             axes.set_xticks(range(len(groups)), [f'{setting}\nbatch {batch_size}' for setting, batch_size in groups])
             axes.grid(axis='y', alpha=0.3)
         figure.supxlabel('image/patch in pixels')
         figure.legend(*axes.get_legend_handles_labels(), loc='outside right center')
         return {'ratios': figure}
-
-
-def add_ratios(rows: dict[str, Row], quantity: str, values: dict[str, int]) -> None:
-    """Add a quantity, and its ratio to the baseline's, to the row of every encoding."""
-    for name, row in rows.items():
-        row |= {quantity: values[name], f'{quantity}_ratio': values[name] / values[BASELINE]}
 
 
 def describe_baseline(row: Row) -> dict[str, str]:
@@ -230,48 +270,6 @@ def describe(row: Row) -> dict[str, str]:
         if f'{column}_q1' in row:
             line[title] = f'{row[column]:.2f} ({row[f"{column}_q1"]:.2f} to {row[f"{column}_q3"]:.2f})'
     return line
-
-
-def create_model(name: str, encoding: str, setting: str, device: torch.device) -> Any:
-    """Create a model with another position encoding, image and patch size.
-
-    Raises:
-        ValueError: The setting is not IMAGE/PATCH or cannot be, or the model is not one of this package.
-    """
-    image, patch = image_and_patch(setting)
-    try:
-        model = timm.create_model(name, position=encoding, img_size=image, patch_size=patch, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f'cannot create {name} with {encoding} at {setting}: {error}') from error
-    if not isinstance(model, PositionVisionTransformer):
-        raise ValueError(f"--model {name} has no exchangeable position encoding; 'timm-sape2 list' shows those")
-    return model
-
-
-def image_and_patch(setting: str) -> tuple[int, int]:
-    """Read a value of `--settings`."""
-    image, _, patch = setting.partition('/')
-    if not (image.isdecimal() and patch.isdecimal() and int(image) and int(patch)):
-        raise ValueError(f'--settings takes IMAGE/PATCH in pixels such as 224/16, not {setting!r}')
-    if int(image) % int(patch):
-        raise ValueError(f'--settings {setting}: patches of {patch} do not divide images of {image}')
-    return int(image), int(patch)
-
-
-def default_batch_size(setting: str, device: str) -> int:
-    """Return the largest power of two of images whose patches the device may be given in a batch."""
-    image, patch = image_and_patch(setting)
-    return 2 ** max(0, int(math.log2(TOKENS[device.partition(':')[0]] / (image // patch) ** 2)))
-
-
-def device_name(device: str) -> str:
-    """Return the name of a GPU, or 'cpu'."""
-    return torch.cuda.get_device_name(device) if device.startswith('cuda') else device
-
-
-def flops_of(name: str, encoding: str, setting: str) -> int:
-    """Return the FLOPs of a model for one image, without computing anything."""
-    return count_flops(create_model(name, encoding, setting, torch.device('meta')).eval())
 
 
 def inference_step(model: nn.Module, images: Tensor, autocast: Callable) -> Step:

@@ -1,0 +1,139 @@
+"""What attention with SaPE2 costs: the sums are right, and a wrong implementation stops the study."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from timm_sape2.__main__ import main
+from timm_sape2.ops.sape2 import eager_attention
+from timm_sape2.studies.operator_overhead import OperatorOverhead
+
+QUICK = ('--op', '--settings', '32/8', '--rounds', '2', '--heads', '2', '--head-dim', '16', '--device', 'cpu')
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """Function that runs the study, with turns of one call and without a compiler, and returns its folder."""
+    monkeypatch.setattr('timm_sape2.studies.measure.TURN', 1e-6)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
+
+    def run(*flags):
+        main(['study', 'overhead', *QUICK, '--output', str(tmp_path), *flags])
+        return tmp_path / 'overhead'
+
+    return run
+
+
+def table(folder):
+    with open(folder / 'results.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study(study):
+    folder = study('--settings', '32/8', '24/8', '--batch-size', '4', '2')
+    rows = table(folder)
+    measured = [row for row in rows if not row['skipped']]
+    names = ['plain', 'reference', 'compiled reference', 'cpu', 'cpu, recompute']
+    factors = ('setting', 'batch_size', 'patches', 'pass', 'implementation')
+    assert [tuple(row[factor] for factor in factors) for row in measured] == [
+        (*unit, phase, name)
+        for unit in (('32/8', '4', '16'), ('24/8', '2', '9'))
+        for phase in ('forward', 'forward + backward')
+        for name in names
+    ]
+    for first in range(0, len(measured), len(names)):
+        bases = {row['implementation']: row for row in measured[first : first + len(names)]}
+        for row in bases.values():
+            assert float(row['seconds']) > 0
+            for base in ('plain', 'reference'):
+                quartiles = [float(row[f'time_to_{base}{end}']) for end in ('_q1', '', '_q3')]
+                assert quartiles == sorted(quartiles) and quartiles[0] > 0
+                assert float(row[f'memory_to_{base}']) == int(row['peak_bytes']) / int(bases[base]['peak_bytes'])
+                assert row is not bases[base] or set(quartiles) == {1.0}
+    assert (folder / 'growth.png').stat().st_size > 10_000
+    assert json.loads((folder / 'run.json').read_text())['configuration']['heads'] == 2
+
+
+def test_memory_by_hand(study):
+    """Plain attention without gradients: the output, 4 images * 17 tokens * 2 heads * 16 channels * 4 bytes."""
+    plain, reference = table(study('--batch-size', '4'))[:2]
+    assert 4 * 17 * 2 * 16 * 4 <= int(plain['peak_bytes']) < 1.5 * 4 * 17 * 2 * 16 * 4
+    assert int(reference['peak_bytes']) - int(plain['peak_bytes']) > 4 * 2 * 17 * 17 * 4, 'a bias is stored'
+
+
+def test_a_report(study):
+    text = (study('--batch-size', '2') / 'results.md').read_text()
+    assert '## 32/8, 16 patches, batches of 2' in text and '![growth](growth.png)' in text
+    assert '- `triton` cannot run here: not a CUDA tensor' in text
+    lines = [line for line in text.splitlines() if line.startswith('| forward')]
+    assert len(lines) == 10 and not any('triton' in line for line in lines)
+    assert ' ms | ' in lines[0] and ' MiB | 1.00 (1.00 to 1.00) | 1.000 | ' in lines[0]
+
+
+def test_half_precision(study):
+    """The implementation for CPUs has none, and says so."""
+    folder = study('--amp', '--batch-size', '1')
+    assert [row['implementation'] for row in table(folder) if row['pass'] == 'forward'] == [
+        'plain',
+        'reference',
+        'compiled reference',
+    ]
+    text = (folder / 'results.md').read_text()
+    assert 'bfloat16' in text and '- `cpu, recompute` cannot run here: not in float32 or float64' in text
+
+
+def test_a_compiler_that_fails(monkeypatch, study):
+    def fail(function, **options):
+        def compiled(*arguments):
+            raise torch._dynamo.exc.TorchDynamoException('no compiler\nand much more')
+
+        return compiled
+
+    monkeypatch.setattr(torch, 'compile', fail)
+    folder = study('--batch-size', '1')
+    assert '`compiled reference` cannot run here: torch.compile: no compiler\n' in (folder / 'results.md').read_text()
+    assert 'cpu' in {row['implementation'] for row in table(folder) if row['pass']}
+
+
+@pytest.mark.parametrize('wrong', [lambda x: 1.01 * x, lambda x: 0 * x, lambda x: x * torch.nan])
+def test_a_wrong_implementation_stops_the_study_without_a_figure(monkeypatch, study, tmp_path, wrong):
+    monkeypatch.setattr(
+        'timm_sape2.studies.attentions.eager_attention', lambda *args, **kwargs: wrong(eager_attention(*args, **kwargs))
+    )
+    with pytest.raises(RuntimeError, match=r'^cpu: the output of attention differs from the reference by'):
+        study()
+    assert not list(tmp_path.rglob('*.csv')) and not list(tmp_path.rglob('units/*'))
+
+
+def test_a_device_that_is_too_small(monkeypatch, study, capsys):
+    monkeypatch.setattr(OperatorOverhead, 'measure', lambda *arguments: torch.empty(2**55))
+    with pytest.raises(SystemExit):
+        study('--batch-size', '64')
+    assert '32/8 with batches of 64 is too large for cpu: lower --batch-size' in capsys.readouterr().err
+
+
+def test_the_folder_of_models_is_refused(study, refusal, tmp_path, capsys):
+    study('--batch-size', '1')
+    capsys.readouterr()
+    models = ('--model', 'test_vit_sape2', '--settings', '32/8', '--encodings', 'nope', '--output', str(tmp_path))
+    message = refusal('study', 'overhead', *models)
+    assert "what='attention alone' instead of None; --experiment NAME puts this one into another folder" in message
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--model vit_small_sape2', '--model: not with --op'),
+        ('--encodings sape2 --baseline nope --compile', '--encodings, --baseline, --compile: not with --op'),
+        ('--heads 0', "argument --heads: must be a whole number above 0, not '0'"),
+        ('--head-dim 1.5', "argument --head-dim: must be a whole number above 0, not '1.5'"),
+        ('--settings 30/8', '--settings 30/8: patches of 8 do not divide images of 30'),
+        ('--batch-size 1 2', '--batch-size takes 1 number or 1, one for each of --settings'),
+        ('--device tpu', '--device must be cpu, cuda or cuda:N, not tpu'),
+    ],
+)
+def test_bad_input(refusal, tmp_path, flags, message):
+    assert refusal('study', 'overhead', *QUICK, '--output', str(tmp_path), *flags.split()) == message
+    assert not list(tmp_path.iterdir())
