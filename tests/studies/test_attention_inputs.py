@@ -8,15 +8,15 @@ from timm_sape2.vit import PositionAttention
 
 
 @pytest.mark.parametrize('qk_norm', [False, True])
-def test_it_is_what_the_bias_is_computed_from(monkeypatch, tiny_vit, qk_norm):
+def test_it_is_what_attention_is_computed_from(monkeypatch, tiny_vit, qk_norm):
     """Same queries, keys, values and grid as in forward, with prefix tokens, on a 7x9 grid."""
-    used, position_bias = [], PositionAttention.position_bias
+    used, fused_attention = [], PositionAttention.fused_attention
 
     def spy(self, *inputs):
         used.append(inputs)
-        return position_bias(self, *inputs)
+        return fused_attention(self, *inputs)
 
-    monkeypatch.setattr(PositionAttention, 'position_bias', spy)
+    monkeypatch.setattr(PositionAttention, 'fused_attention', spy)
     model = tiny_vit('sape2', reg_tokens=2, qk_norm=qk_norm)
     recorded = record_attention_inputs(model, torch.randn(2, 3, 56, 72))
     assert list(recorded) == [0, 1]

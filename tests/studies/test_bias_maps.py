@@ -18,6 +18,7 @@ from timm_sape2.studies.bias_maps import (
     mosaic,
     trained_blocks,
 )
+from timm_sape2.studies.variants import use_reference
 from timm_sape2.vit import PositionAttention
 
 
@@ -81,6 +82,7 @@ class TestBias:
 
         monkeypatch.setattr(PositionAttention, 'position_bias', spy)
         model, images = vit('learned+sape2', size), torch.randn(2, 3, *size)
+        use_reference(model)
         with torch.inference_mode():
             model(images)
         in_model = used.copy()

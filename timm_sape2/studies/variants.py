@@ -12,7 +12,7 @@ from .settings import image_and_patch
 
 IMPLEMENTATIONS = {
     'reference': 'SaPE2 in plain PyTorch with a stored bias',
-    'recompute': 'SaPE2 that computes its bias again in the backward pass, on a CPU',
+    'recompute': 'SaPE2 that computes its bias again in the backward pass',
     'compiled': 'the model under torch.compile',
 }
 
