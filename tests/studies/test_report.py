@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_sape2.studies.report import dot_plot, grouped, markdown_table, mean_and_deviation, plus_minus
+from timm_sape2.studies.report import dot_plot, grouped, markdown_table, mean_and_deviation, plus_minus, three_digits
 
 
 def test_markdown_table():
@@ -52,3 +52,11 @@ def test_lines_have_names_and_series_colours(tmp_path, values):
     assert sorted(len(line.get_xdata()) for line in axes.lines if line.get_marker() == '.') == sorted(
         [len(values)] * 2 + [1]
     )
+
+
+@pytest.mark.parametrize(
+    ('value', 'expected'),
+    [(0, '0'), (1, '1'), (0.012345, '0.0123'), (999.6, '1000'), (2914.2, '2910'), (123456, '123000')],
+)
+def test_three_digits(value, expected):
+    assert three_digits(value) == expected

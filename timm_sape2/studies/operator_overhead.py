@@ -12,7 +12,7 @@ from ..training.hardware import check_device, set_up_device
 from .attentions import BASELINE, COMPILED, NAMES, REFERENCE, Attention, Grid, Inputs, attentions, draw_inputs, why_not
 from .correctness import check_attention, output_and_gradients
 from .measure import Step, peak_memory, ratio_quartiles, seconds_in_turns
-from .report import grouped, markdown_table, new_figure
+from .report import grouped, markdown_table, new_figure, three_digits
 from .settings import (
     SETTINGS,
     device_name,
@@ -151,8 +151,8 @@ def describe(row: Row) -> dict[str, str]:
     line = {
         'pass': row['pass'],
         'implementation': row['implementation'],
-        'time': f'{1e3 * row["seconds"]:.3g} ms',
-        'memory': f'{row["peak_bytes"] / 2**20:.3g} MiB',
+        'time': f'{three_digits(1e3 * row["seconds"])} ms',
+        'memory': f'{three_digits(row["peak_bytes"] / 2**20)} MiB',
     }
     for base in (BASELINE, REFERENCE):
         low, median, high = (row[f'time_to_{base}{end}'] for end in ('_q1', '', '_q3'))

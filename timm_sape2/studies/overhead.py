@@ -17,7 +17,7 @@ from ..training.hardware import check_device, mixed_precision, set_up_device
 from .correctness import check_against_reference, check_bias, check_fused, check_logits
 from .measure import Step, peak_memory, ratio_quartiles, seconds_in_turns
 from .operator_overhead import OperatorOverhead
-from .report import grouped, markdown_table, new_figure
+from .report import grouped, markdown_table, new_figure, three_digits
 from .settings import SETTINGS, TOKENS, device_name, refuse_flags, refuse_too_large, units_of
 from .study import Row, Study, Unit
 from .variants import IMPLEMENTATIONS, create_baseline, create_variant, draw_tables, parse_variant
@@ -241,10 +241,11 @@ of SaPE2, which is counted as the reference computes it.
                 heights = [row[column] for row in of_encoding]
                 style = {'color': f'C{i % 10}', 'hatch': '//' * (i // 10)}
                 axes.bar(places, heights, width * 0.9, label=encoding, **style)
-            axes.set(title=f'{RATIOS[column]}, {self.baseline} = 1')
+            axes.set(title=RATIOS[column])
             axes.set_xticks(range(len(groups)), [f'{setting}\nbatch {batch_size}' for setting, batch_size in groups])
             axes.grid(axis='y', alpha=0.3)
         figure.supxlabel('image/patch in pixels')
+        figure.supylabel(f'{self.baseline} = 1')
         figure.legend(*axes.get_legend_handles_labels(), loc='outside right center')
         return {'ratios': figure}
 
@@ -253,11 +254,11 @@ def describe_baseline(row: Row) -> dict[str, str]:
     """Return the line of the table with absolute numbers."""
     numbers = (
         f'{row["parameters"] / 1e6:.2f} M',
-        f'{row["flops"] / 1e9:.3g} G',
-        f'{row["inference_images_per_second"]:.3g} images/s',
-        f'{row["training_images_per_second"]:.3g} images/s',
-        f'{row["inference_peak_bytes"] / 2**20:.3g} MiB',
-        f'{row["training_peak_bytes"] / 2**20:.3g} MiB',
+        f'{three_digits(row["flops"] / 1e9)} G',
+        f'{three_digits(row["inference_images_per_second"])} images/s',
+        f'{three_digits(row["training_images_per_second"])} images/s',
+        f'{three_digits(row["inference_peak_bytes"] / 2**20)} MiB',
+        f'{three_digits(row["training_peak_bytes"] / 2**20)} MiB',
     )
     return {'encoding': row['encoding'], **dict(zip(RATIOS.values(), numbers, strict=True))}
 

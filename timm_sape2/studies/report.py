@@ -44,6 +44,11 @@ def plus_minus(values: Sequence[float], digits: int = 2) -> str:
     return f'{mean:.{digits}f}' if math.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
 
 
+def three_digits(value: float) -> str:
+    """Return a number rounded to three significant digits, such as '2910' or '0.0123'."""
+    return f'{float(f"{value:.3g}"):g}'
+
+
 def new_figure(width: float = 8, height: float = 4) -> 'Figure':
     """Return an empty figure, inches wide and high, that needs no screen."""
     from matplotlib.figure import Figure
