@@ -213,11 +213,11 @@ def _read(patches: Tensor, scores: Tensor, axis: str, geometry: Geometry) -> tup
     gates = _lines(patches, geometry.grid, axis).clone(memory_format=torch.contiguous_format)
     gates = gates.sigmoid_() if geometry.semantic else gates.fill_(1.0)
     sums = gates @ gates.new_ones(gates.shape[-1], gates.shape[-1]).tril()
-    positions = sums.clamp(max=last)
-    index = positions.long().clamp_(0, last - 1)  # NaN has no index, but must come out as NaN
-    fraction = positions.sub_(index)
+    fraction = sums.clamp(max=last)
+    index = fraction.long().clamp_(0, last - 1)  # NaN has no index, but must come out as NaN
+    fraction.sub_(index)
     at_lower = scores.gather(-1, index)
-    slope = scores.gather(-1, index + 1).sub_(at_lower)
+    slope = scores[..., 1:].gather(-1, index).sub_(at_lower)
     signature = at_lower.addcmul_(fraction, slope)
     slope.masked_fill_(sums > last, 0.0)
     signature = (signature.transpose(1, 2) if axis == 'y' else signature).flatten(1, 2)
@@ -230,16 +230,15 @@ def _squared_distances(points: Tensor) -> Tensor:
     They come from products in float64. Cancellation leaves an error of 1e-8 of the norms in a distance, less than the
     rounding of points in float32.
     """
-    doubles = points.double()
-    norms = doubles.square().sum(-1, keepdim=True)
-    ones = torch.ones_like(norms)
-    lowered = norms * (1 - ZERO_BELOW)
-    shape = (*points.shape[:2], points.shape[1])
-    squares = torch.bmm(
-        torch.cat([doubles, lowered, ones], -1),
-        torch.cat([-2 * doubles, ones, lowered], -1).mT,
-        out=_buffer('squares', shape, torch.float64),
-    )
+    heads, patches, length = points.shape
+    shape = (heads, patches, patches)
+    left, right = (_buffer(name, (heads, patches, length + 2), torch.float64) for name in ('left', 'right'))
+    left[..., :length] = points
+    torch.mul(left[..., :length], -2, out=right[..., :length])
+    norms = torch.linalg.vector_norm(left[..., :length], dim=-1).square_().mul_(1 - ZERO_BELOW)
+    left[..., length], right[..., length] = norms, 1
+    left[..., length + 1], right[..., length + 1] = 1, norms
+    squares = torch.bmm(left, right.mT, out=_buffer('squares', shape, torch.float64))
     return _buffer('distances', shape, points.dtype).copy_(squares).clamp_(min=0.0)
 
 
@@ -273,7 +272,7 @@ def _backward(
         grad = grad.transpose(1, 2) if name == 'y' else grad
         at_upper = grad * axis.fraction
         axis_grad_scores.scatter_add_(-1, axis.below, grad - at_upper)
-        axis_grad_scores.scatter_add_(-1, axis.below + 1, at_upper)
+        axis_grad_scores[..., 1:].scatter_add_(-1, axis.below, at_upper)
         if geometry.semantic:
             grad_sums = (grad * axis.slope) @ grad.new_ones(grad.shape[-1], grad.shape[-1]).triu()
             grad_gates.append((name, torch.ops.aten.sigmoid_backward(grad_sums, axis.gates)))
