@@ -153,9 +153,10 @@ def release_buffers() -> None:
 
 
 def _parts(query: Tensor) -> list[tuple[slice, slice]]:
-    """Images and heads that are worked on at a time: several images, or some heads of one."""
+    """Images and heads that are worked on at a time: several images, or some heads of one, evenly by thread."""
     batch, heads, tokens, _ = query.shape
-    at_once = max(1, NUMBERS_IN_CACHE // (tokens * tokens))
+    threads = torch.get_num_threads()
+    at_once = max(1, round(NUMBERS_IN_CACHE / (tokens * tokens * threads))) * threads
     images, some_heads = max(1, at_once // heads), min(at_once, heads)
     return [
         (slice(image, image + images), slice(head, head + some_heads))
