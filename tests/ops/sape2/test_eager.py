@@ -1,10 +1,12 @@
 """The path for CPUs against the reference: outputs, every gradient, and what it stores."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_sape2.ops.sape2 import eager, eager_attention, sape2_bias, why_not_eager
+from timm_sape2.ops.sape2 import eager, eager_attention, release_buffers, sape2_bias, why_not_eager
 
 GRIDS = [(7, 9), (1, 5), (5, 1), (14, 14)]
 
@@ -59,6 +61,14 @@ class TestAgainstTheReference:
         assert len(eager._parts(inputs[0])) == 3
         check(inputs, (3, 4), 1, recompute=recompute)
 
+    def test_heads_in_parts_that_threads_share_evenly(self, monkeypatch):
+        """Room for three heads and four threads: four at a time, out of six."""
+        monkeypatch.setattr(eager, 'NUMBERS_IN_CACHE', 3 * 13 * 13)
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+        inputs = random_inputs((3, 4), heads=6)
+        assert [part[1] for part in eager._parts(inputs[0])] == [slice(0, 4), slice(4, 8)] * 2
+        check(inputs, (3, 4), 1)
+
     @pytest.mark.parametrize('num_positions', [2, 3, 12])
     def test_positions_below_at_and_above_the_limit(self, num_positions):
         check(random_inputs((7, 9), num_positions=num_positions), (7, 9), 1)
@@ -84,8 +94,9 @@ class TestAgainstTheReference:
         check(inputs, (3, 4), 1)
 
 
-def test_identical_patches_have_no_bias_and_tables_no_gradient():
-    query, key, value, rows, columns = random_inputs((1, 4), prefix=0)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_identical_patches_have_no_bias_and_tables_no_gradient(dtype):
+    query, key, value, rows, columns = random_inputs((1, 4), prefix=0, dtype=dtype)
     query, key = (x[:, :, :1].expand(-1, -1, 4, -1) for x in (query, key))
     output = eager_attention(query, key, value, rows, columns, (1, 4), 0)
     torch.testing.assert_close(output, value.mean(2, keepdim=True).expand_as(value))
@@ -99,6 +110,30 @@ def test_what_is_not_finite_spreads_as_in_the_reference(which, value):
     inputs[which][0, 0, 5, 0] = value
     found, expected = (attend(*inputs, (3, 4), 1) for attend in (eager_attention, by_reference))
     assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+class TestBuffers:
+    def test_calls_of_other_shapes_in_between_leave_nothing_behind(self):
+        inputs = random_inputs((3, 4))
+        output = eager_attention(*inputs, (3, 4), 1)
+        with torch.inference_mode():
+            eager_attention(*random_inputs((7, 9)), (7, 9), 1)
+        grads = torch.autograd.grad(output.square().sum(), inputs)
+        expected = torch.autograd.grad(by_reference(*inputs, (3, 4), 1).square().sum(), inputs)
+        torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-10)
+
+    def test_threads_do_not_share_them(self):
+        inputs = [[x.detach() for x in random_inputs((7, 9))] for _ in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            outputs = list(pool.map(lambda x: eager_attention(*x, (7, 9), 1), inputs * 4))
+        for x, output in zip(inputs * 4, outputs, strict=True):
+            torch.testing.assert_close(output, by_reference(*x, (7, 9), 1))
+
+    def test_they_can_be_released(self):
+        eager_attention(*random_inputs((3, 4)), (3, 4), 1)
+        assert eager._BUFFERS.tensors
+        release_buffers()
+        assert not eager._BUFFERS.tensors
 
 
 class TestMemory:
