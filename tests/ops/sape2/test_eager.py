@@ -56,14 +56,14 @@ class TestAgainstTheReference:
 
     @pytest.mark.parametrize('recompute', [True, False])
     def test_images_in_parts(self, monkeypatch, recompute):
-        monkeypatch.setattr(eager, 'NUMBERS_IN_CACHE', 2 * 2 * 13 * 13)
+        monkeypatch.setattr(eager, 'LOGITS_AT_ONCE', 2 * 2 * 13 * 13)
         inputs = random_inputs((3, 4), batch=5)
         assert len(eager._parts(inputs[0])) == 3
         check(inputs, (3, 4), 1, recompute=recompute)
 
     def test_heads_in_parts_that_threads_share_evenly(self, monkeypatch):
         """Room for three heads and four threads: four at a time, out of six."""
-        monkeypatch.setattr(eager, 'NUMBERS_IN_CACHE', 3 * 13 * 13)
+        monkeypatch.setattr(eager, 'LOGITS_AT_ONCE', 3 * 13 * 13)
         monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
         inputs = random_inputs((3, 4), heads=6)
         assert [part[1] for part in eager._parts(inputs[0])] == [slice(0, 4), slice(4, 8)] * 2

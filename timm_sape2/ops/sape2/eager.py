@@ -1,9 +1,9 @@
-"""SaPE2 attention on a CPU, forward and backward by hand, with nothing stored that has N x N numbers.
+"""SaPE2 attention on a CPU, forward and backward by hand, one operation an axis where the reference takes many.
 
 Gates are sigmoids of dot products that attention computes anyway: those of the patches of one row or column lie on
 diagonals of the logits. So there is one product of queries and keys forward, and its gradients take those of the gates
-along. A few heads at a time pass through all steps in buffers that stay in the cache. The backward pass computes
-logits and distances again: that takes less time than to write them to fresh memory and to read them back.
+along. A few heads at a time pass through all steps, in buffers that stay allocated. For the backward pass it keeps
+weights and inverse distances, or computes them again.
 """
 
 import threading
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-NUMBERS_IN_CACHE = 2**20  # logits that are worked on at a time
-ZERO_BELOW = 2.0**-46  # squared distances below this part of the squared norms are 0: two roundings to float32
+LOGITS_AT_ONCE = 2**20  # in the heads that are worked on at a time
+ZERO_BELOW = 2.0**-46  # of the squared norms: distances below the rounding of float32 are 0
 
 
 class Geometry(NamedTuple):
@@ -156,7 +156,7 @@ def _parts(query: Tensor) -> list[tuple[slice, slice]]:
     """Images and heads that are worked on at a time: several images, or some heads of one, evenly by thread."""
     batch, heads, tokens, _ = query.shape
     threads = torch.get_num_threads()
-    at_once = max(1, round(NUMBERS_IN_CACHE / (tokens * tokens * threads))) * threads
+    at_once = max(1, round(LOGITS_AT_ONCE / (tokens * tokens * threads))) * threads
     images, some_heads = max(1, at_once // heads), min(at_once, heads)
     return [
         (slice(image, image + images), slice(head, head + some_heads))
