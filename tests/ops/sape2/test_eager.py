@@ -69,6 +69,17 @@ class TestAgainstTheReference:
         assert [part[1] for part in eager._parts(inputs[0])] == [slice(0, 4), slice(4, 8)] * 2
         check(inputs, (3, 4), 1)
 
+    @pytest.mark.parametrize('recompute', [True, False])
+    def test_another_number_of_threads_in_the_backward_pass(self, monkeypatch, recompute):
+        """The backward pass works on the same parts as the forward pass, one head at a time here."""
+        monkeypatch.setattr(eager, 'LOGITS_AT_ONCE', 1)
+        inputs = random_inputs((3, 4), heads=6)
+        output = eager_attention(*inputs, (3, 4), 1, recompute=recompute)
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+        found = torch.autograd.grad(output.square().sum(), inputs)
+        expected = torch.autograd.grad(by_reference(*inputs, (3, 4), 1).square().sum(), inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
     @pytest.mark.parametrize('num_positions', [2, 3, 12])
     def test_positions_below_at_and_above_the_limit(self, num_positions):
         check(random_inputs((7, 9), num_positions=num_positions), (7, 9), 1)

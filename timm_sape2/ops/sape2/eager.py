@@ -96,7 +96,8 @@ class _EagerAttention(torch.autograd.Function):
         output = query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
         keeps = any(ctx.needs_input_grad) and not geometry.recompute
         kept: list[Tensor] = []
-        for part in _parts(query):
+        parts = _parts(query)
+        for part in parts:
             part_query, part_key, part_value = _load(query[part], key[part], value[part], geometry)
             weights, axes = _weights(part_query, part_key, tables, geometry, keeps)
             mixed = torch.bmm(weights, part_value, out=_buffer('mixed', part_value.shape, value.dtype))
@@ -104,7 +105,7 @@ class _EagerAttention(torch.autograd.Function):
             if keeps:
                 kept += [weights, *(x for axis in axes for x in axis)]
         ctx.save_for_backward(query, key, value, tables, *kept)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.parts = geometry, parts
         return output
 
     @staticmethod
@@ -113,9 +114,8 @@ class _EagerAttention(torch.autograd.Function):
         query, key, value, tables, *kept = ctx.saved_tensors
         grads = [torch.empty(query.shape, dtype=query.dtype) for _ in range(3)]
         grad_tables = torch.zeros_like(tables)
-        parts = _parts(query)
-        size = len(kept) // max(1, len(parts))
-        for i, part in enumerate(parts):
+        size = len(kept) // max(1, len(ctx.parts))
+        for i, part in enumerate(ctx.parts):
             inputs = _load(query[part], key[part], value[part], ctx.geometry)
             if ctx.geometry.recompute:
                 weights, axes = _weights(*inputs[:2], tables, ctx.geometry, keep=False)
