@@ -1,7 +1,6 @@
 """Running a study: its folder, its units shared by the processes of torchrun, and going on where it was stopped."""
 
 import csv
-import datetime
 import json
 import logging
 import os
@@ -16,8 +15,8 @@ import torch
 from timm.utils import world_info_from_env
 from tqdm import tqdm
 
-from ..training.run_folder import atomic_write, check_writable
-from . import provenance
+from .. import provenance
+from ..training.run_folder import atomic_write, check_writable, write_json
 from .study import Row, Study, Unit
 
 WORTH_A_REPORT = 60  # seconds of a unit after which the results so far are written, to be looked at
@@ -58,10 +57,16 @@ def run_study(study: Study, folder: Path, command: Sequence[str]) -> None:
         for name in bar:
             bar.set_postfix_str(name)
             unit = study.units[names.index(name)]
-            started, start = now(), time.perf_counter()
+            started, start = provenance.now(), time.perf_counter()
             rows = study.run(unit, folder)
             seconds = time.perf_counter() - start
-            done = {'unit': unit, 'rows': rows, 'started': started, 'finished': now(), 'seconds': round(seconds, 1)}
+            done = {
+                'unit': unit,
+                'rows': rows,
+                'started': started,
+                'finished': provenance.now(),
+                'seconds': round(seconds, 1),
+            }
             made_by = {**maker, 'hardware': provenance.hardware()}
             write_json(unit_file(folder, name), {**done, 'made_by': made_by})
             if rank == 0 and seconds > WORTH_A_REPORT:
@@ -199,14 +204,3 @@ def origin(record: dict[str, Any]) -> str:
         packages = ', '.join(f'{name} {version}' for name, version in maker['versions'].items())
         lines.append(f'- `{maker["command"]}` at commit {maker["commit"]}, {machine}; {packages}.')
     return '\n'.join(lines) + '\n'
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON, all at once."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + '\n')
-
-
-def now() -> str:
-    """Return the time in UTC."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')

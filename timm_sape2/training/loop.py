@@ -9,10 +9,11 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from timm import utils
@@ -30,6 +31,7 @@ from .interrupt import SignalCatcher
 from .model import build_model, create_optimizer
 from .processes import all_random_states, any_process, mean_loss_and_stop
 from .progress import EpochProgress
+from .record import add_to_record, begin_record
 from .task import ResumableTask, ResumePoint
 
 _logger = logging.getLogger(__name__)
@@ -127,6 +129,13 @@ def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> ut
     run.folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_arguments(run.folder, recipe)
     run_folder.begin_summary(run.folder, run.start.epoch)
+    begin_record(
+        run.folder,
+        run.start.epoch,
+        processes=run.args.world_size,
+        training_images=len(cast(Sized, run.train_loader.dataset)),
+        validation_images=len(cast(Sized, run.val_loader.dataset)),
+    )
     saver = utils.CheckpointSaver(
         model=run.task.get_trainable_module(),
         optimizer=run.optimizer,
@@ -153,12 +162,13 @@ def fit(run: Run, signals: SignalCatcher) -> None:
             run.scheduler.step(epoch)
         point = train_one_epoch(run, epoch, signals)
         if (epoch + 1) % run.args.val_interval == 0 or epoch + 1 == run.num_epochs:
+            started = time.perf_counter()
             metrics = evaluate(run, signals)
             if metrics is not None and run.task.has_ema():
                 metrics = evaluate(run, signals, ema=True)
             if metrics is None:
                 stop(run, point, signals)
-            save_epoch(run, epoch, {'loss': point.mean_loss}, metrics)
+            save_epoch(run, point, metrics, time.perf_counter() - started)
 
 
 def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint:
@@ -172,6 +182,7 @@ def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint
     batches = loaders.epoch_batches(args, run.train_loader, run.mixup, point, run.device)
     task.trainable_module.train()
     run.optimizer.zero_grad()
+    started = time.perf_counter() - point.seconds
     with progress, closing(batches):
         for input, target in batches:
             num_updates, batches_before = divmod(point.num_batches, args.grad_accum_steps)
@@ -184,6 +195,7 @@ def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint
                 check_finite(run, mean_loss, f'in epoch {epoch}, batch {point.num_batches}')
                 backward(run, loss / batches_of_update, need_update)
             point.add_batch(mean_loss, images_per_batch)
+            point.seconds = time.perf_counter() - started
             progress.update(point)
             if not need_update:
                 continue
@@ -228,20 +240,22 @@ def evaluate(run: Run, signals: SignalCatcher, ema: bool = False) -> dict[str, f
     return evaluator.compute(distributed=run.args.distributed)
 
 
-def save_epoch(run: Run, epoch: int, train_metrics: dict[str, float], metrics: dict[str, float]) -> None:
-    """Write what an epoch ends with: a row of the summary, then the checkpoint that makes it count, then the curves."""
+def save_epoch(run: Run, point: ResumePoint, metrics: dict[str, float], validation_seconds: float) -> None:
+    """Write what an epoch ends with: rows of summary and record, the checkpoint that makes it count, the curves."""
+    epoch = point.epoch
     check_finite(run, metrics['loss'], f'in validation after epoch {epoch}')
     run.task.resume_point = ResumePoint(epoch + 1)
     if run.saver is None:
         return
     rates = [group['lr'] for group in run.optimizer.param_groups]
-    run_folder.add_to_summary(run.folder, epoch, train_metrics, metrics, lr=sum(rates) / len(rates))
+    run_folder.add_to_summary(run.folder, epoch, {'loss': point.mean_loss}, metrics, lr=sum(rates) / len(rates))
+    add_to_record(run.folder, epoch, point.loss_count, point.seconds, validation_seconds)
     best, best_epoch = run.saver.save_checkpoint(epoch, metric=metrics[run.args.eval_metric])
     for outdated in run.folder.glob('recovery*.pth.tar'):
         outdated.unlink()
     draw_curves(run.folder)
     _logger.info(
-        f'Epoch {epoch}, loss {train_metrics["loss"]:.4f}, validation: loss {metrics["loss"]:.4f}, '
+        f'Epoch {epoch}, loss {point.mean_loss:.4f}, validation: loss {metrics["loss"]:.4f}, '
         f'top-1 {metrics["top1"]:.2f} % (best {run.args.eval_metric}: {best:.5g} in epoch {best_epoch})'
     )
 

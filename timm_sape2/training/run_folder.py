@@ -1,6 +1,7 @@
 """The folder of a run: checked before the run, and never left with half a file by a kill."""
 
 import argparse
+import json
 import os
 import shutil
 import tempfile
@@ -62,6 +63,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file of JSON, all at once."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + '\n')
 
 
 def write_arguments(folder: Path, arguments: Mapping[str, object]) -> None:

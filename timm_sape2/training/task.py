@@ -18,6 +18,7 @@ class ResumePoint:
         loss_sum: Sum of the losses of their images.
         loss_count: Number of their images.
         random_states: The generators of each process after them.
+        seconds: Time that they took.
     """
 
     epoch: int = 0
@@ -25,6 +26,7 @@ class ResumePoint:
     loss_sum: float = 0.0
     loss_count: int = 0
     random_states: Sequence[dict[str, Any]] = ()
+    seconds: float = 0.0
 
     @property
     def mean_loss(self) -> float:

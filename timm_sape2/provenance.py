@@ -1,5 +1,6 @@
-"""Where results come from: versions, commit and hardware."""
+"""Where results come from: time, versions, commit and hardware."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -10,6 +11,11 @@ from typing import Any
 import torch
 
 PACKAGES = ('timm_sape2', 'timm', 'torch', 'torchvision', 'triton', 'numpy')
+
+
+def now() -> str:
+    """Return the time in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
 
 
 def versions() -> dict[str, str]:
@@ -25,7 +31,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """Return the commit of this package, marked if files differ from it, or None outside of a checkout."""
-    folder = Path(__file__).parents[2]
+    folder = Path(__file__).parents[1]
     if not (folder / '.git').exists():
         return None
     try:

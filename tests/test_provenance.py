@@ -6,7 +6,7 @@ import timm
 import torch
 
 import timm_sape2
-from timm_sape2.studies import provenance
+from timm_sape2 import provenance
 
 
 def test_versions_are_those_that_run():
@@ -17,8 +17,8 @@ def test_versions_are_those_that_run():
 
 
 def repository(folder):
-    (folder / 'timm_sape2' / 'studies').mkdir(parents=True)
-    file = folder / 'timm_sape2' / 'studies' / 'provenance.py'
+    (folder / 'timm_sape2').mkdir()
+    file = folder / 'timm_sape2' / 'provenance.py'
     file.touch()
     identity = ['-c', 'user.name=a', '-c', 'user.email=a@example.org']
     for command in (['init', '-q'], ['add', '.'], [*identity, 'commit', '-qm', 'first']):
@@ -36,7 +36,7 @@ def test_commit_and_local_changes(tmp_path, monkeypatch):
 
 
 def test_no_commit_outside_of_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, '__file__', str(tmp_path / 'lib' / 'timm_sape2' / 'studies' / 'provenance.py'))
+    monkeypatch.setattr(provenance, '__file__', str(tmp_path / 'lib' / 'timm_sape2' / 'provenance.py'))
     assert provenance.commit() is None
 
 
