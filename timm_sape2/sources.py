@@ -38,12 +38,14 @@ class TrainedModel:
         weights: Which weights these are: 'weights', or 'moving average of the weights'.
         training: What a checkpoint says of its training, some of 'args' (a mapping), 'epoch' and 'metric'.
         folder: The folder that it came from, None for a file and for the Hub.
+        run: The folder of the run that its checkpoint lies in, None for other sources.
     """
 
     model: Any
     weights: str = 'weights'
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
+    run: Path | None = None
 
     @property
     def class_names(self) -> list[str] | None:
@@ -140,7 +142,8 @@ def _open_checkpoint(
     training = dict({key: checkpoint[key] for key in ('epoch', 'metric') if checkpoint.get(key) is not None}, args=args)
     if entry not in AVERAGES and any(checkpoint.get(key) is not None for key in AVERAGES):
         training.pop('metric', None)  # it is that of the moving average
-    return TrainedModel(model, 'moving average of the weights' if entry in AVERAGES else 'weights', training)
+    weights = 'moving average of the weights' if entry in AVERAGES else 'weights'
+    return TrainedModel(model, weights, training, run=path.parent)
 
 
 def _description(name: str, args: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from timm_sape2.evaluation.accuracy import measure_accuracy
+from timm_sape2.evaluation.accuracy import binomial_interval, measure_accuracy
 from timm_sape2.sources import TrainedModel, fingerprint
 from timm_sape2.training.digits import Digits
 
@@ -57,6 +57,25 @@ def test_by_hand(batch_size):
     assert measured['loss'] == pytest.approx(
         nn.functional.cross_entropy(LOGITS, torch.tensor(TARGETS)).item(), abs=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ('percent', 'num_images', 'interval'),
+    [
+        (60, 5, (23.07, 88.24)),  # 3 of 5, as in tables of the Wilson interval
+        (50, 10, (23.66, 76.34)),
+        (100, 10, (72.25, 100)),
+        (0, 10, (0, 27.75)),
+        (80, 10_000, (79.20, 80.77)),
+    ],
+)
+def test_interval_of_an_accuracy(percent, num_images, interval):
+    assert binomial_interval(percent, num_images) == pytest.approx(interval, abs=0.006)
+
+
+def test_interval_is_in_the_measurement():
+    measured = measure_accuracy(TrainedModel(Answers(LOGITS)), Images(TARGETS), workers=0)
+    assert measured['top1_interval'] == binomial_interval(60, 5) and measured['input_size'] == [1, 8, 8]
 
 
 def test_a_real_model_on_the_digits():

@@ -61,13 +61,14 @@ def test_results_are_those_of_the_metrics_file(folder):
 The weights here (the moving average of the weights), measured by training, after epoch 6."""
     )
     measured = {'top1': 50.0, 'top5': 100.0, 'loss': 1.25, 'num_images': 8, 'dataset': 'a|b', 'split': 'test'}
+    measured['top1_interval'] = [21.522, 78.478]
     versions = {'measured_by': 'timm-sape2 validate', 'versions': {'timm': '1.0'}}
     (folder / 'metrics.json').write_text(json.dumps(measured | versions))
     assert (
         section(make_card(folder), 'Results')
         == r"""| metric | a\|b, split test, 8 images |
 | --- | --- |
-| top-1 accuracy | 50.00 % |
+| top-1 accuracy | 50.00 % (95 % interval 21.52 to 78.48) |
 | top-5 accuracy | 100.00 % |
 | cross-entropy | 1.2500 |
 
@@ -99,6 +100,34 @@ def test_the_recipe_is_shown_as_it_is(folder):
     assert text.startswith('`torchrun --nproc_per_node=N train.py -c train.yaml --data-dir DIR`')
 
 
+def test_recipes_of_two_runs_and_what_they_took(folder):
+    (folder / 'pretrain.yaml').write_text('dataset: digits\nepochs: 2\n')
+    (folder / 'train.yaml').write_text('dataset: digits\nepochs: 1\n')
+    run = {'epochs': 2, 'images_per_second': 400, 'hours': 0.5, 'processes': 2, 'hardware': 'A|B, 2 cores'}
+    run |= {'torch': '2.11.0', 'commit': 'abc', 'date': '2026-11-22'}
+    runs = [run, {**run, 'epochs': 1, 'commit': None}]
+    (folder / 'metrics.json').write_text(json.dumps({'training': runs}))
+    text, *code, took, table = section(make_card(folder), 'Training').rstrip().split('\n\n')
+    commands = '`python train.py -c pretrain.yaml`, then `python train.py -c train.yaml`'
+    assert text == f'{commands} of `timm_sape2` trains it, with pretrain.yaml and train.yaml:'
+    assert code == ['```yaml\ndataset: digits\nepochs: 2\n```', '```yaml\ndataset: digits\nepochs: 1\n```']
+    assert took == 'What training took, one run after the other:'
+    assert (
+        table
+        == r"""| run | epochs | images per second | hours | processes | hardware | torch | commit | date |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| 1 | 2 | 400 | 0.5 | 2 | A\|B, 2 cores | 2.11.0 | abc | 2026-11-22 |
+| 2 | 1 | 400 | 0.5 | 2 | A\|B, 2 cores | 2.11.0 | None | 2026-11-22 |"""
+    )
+
+
+def test_weights_that_are_in_a_folder_alone(folder):
+    card = make_card(folder)
+    assert f"timm.create_model('local-dir:{folder.parent.name}/{folder.name}', pretrained=True)" in card
+    assert 'No repository of the Hub is known to have them' in card and 'hf-hub:' not in card
+    assert 'No repository' not in make_card(folder, 'owner/vit')
+
+
 def test_class_names_cannot_break_the_card(folder):
     config = json.loads((folder / 'config.json').read_text())
     config['label_names'] = ['a|b', '# c', '<script>', '[d](x)', '---']
@@ -116,6 +145,9 @@ def test_class_names_cannot_break_the_card(folder):
         ('{"top1": "98"}', "top1 cannot be '98'"),
         ('{"top1": NaN}', 'top1 cannot be nan'),
         ('{"accuracy": 98}', "unknown 'accuracy'"),
+        ('{"top1_interval": [1]}', 'top1_interval must be two numbers, not [1]'),
+        ('{"top1_interval": [1, NaN]}', 'top1_interval must be two numbers, not [1, nan]'),
+        ('{"training": [1]}', 'training must be a list of mappings, not [1]'),
         ('{"probe": {"a": 1.0}}', "probe cannot have 'a': 1.0"),
         ('{"probe": {"1": "high"}}', "probe cannot have '1': 'high'"),
     ],

@@ -1,6 +1,7 @@
 """The folder that the Hub gets."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -11,6 +12,8 @@ from timm_sape2.hub.files import FILES
 from timm_sape2.hub.package import write_package
 from timm_sape2.sources import TrainedModel, open_model
 from timm_sape2.training.arguments import parse_arguments
+from timm_sape2.training.record import add_to_record, begin_record
+from timm_sape2.training.run_folder import write_arguments
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def error(*args, **kwargs):
 
 
 def test_its_files(package):
-    assert sorted(file.name for file in package.iterdir()) == sorted(FILES)
+    assert sorted(file.name for file in package.iterdir()) == sorted(set(FILES) - {'pretrain.yaml'})
 
 
 def test_the_configuration(package, trained):
@@ -68,6 +71,7 @@ def test_nothing_of_the_machine_is_in_it(package):
 def test_own_license_class_names_recipe_and_metrics(trained, package, tmp_path):
     recipe, metrics = tmp_path / 'mine.yaml', tmp_path / 'mine.json'
     recipe.write_text('epochs: 3\n')
+    recipe.with_name('pretrain.yaml').write_text('epochs: 2\n')
     measured = json.loads((package / 'metrics.json').read_text())
     metrics.write_text(json.dumps(measured | {'top1': 62.0}))
     names = ['rose', 'tulip', 'lily', 'iris', 'poppy']
@@ -77,8 +81,23 @@ def test_own_license_class_names_recipe_and_metrics(trained, package, tmp_path):
     assert config['label_names'] == names
     assert config['pretrained_cfg']['license'] == 'cc-by-4.0' and config['pretrained_cfg']['tag'] == 'flowers'
     assert (folder / 'train.yaml').read_text() == 'epochs: 3\n'
+    assert (folder / 'pretrain.yaml').read_text() == 'epochs: 2\n'
     assert '| top-1 accuracy | 62.00 % |' in (folder / 'README.md').read_text()
     assert open_model(str(folder)).class_names == names
+
+
+def test_what_training_took_comes_from_the_folders_of_the_runs(checkpoint, tmp_path):
+    """Two runs: the second one, whose checkpoint is packed, started from the weights of the first."""
+    for name, before, seconds in (('first', None, 9.0), ('second', tmp_path / 'first' / 'last.pth.tar', 4.0)):
+        run = tmp_path / name
+        run.mkdir()
+        write_arguments(run, {'pretrained_path': str(before) if before else ''})
+        begin_record(run, 0, processes=1)
+        add_to_record(run, 0, 3600, training_seconds=seconds, validation_seconds=0)
+    shutil.copy(checkpoint, tmp_path / 'second' / 'last.pth.tar')
+    write_package(tmp_path / 'out', open_model(str(tmp_path / 'second' / 'last.pth.tar')), 'owner/vit')
+    training = json.loads((tmp_path / 'out' / 'metrics.json').read_text())['training']
+    assert [run['images_per_second'] for run in training] == [400, 900]
 
 
 def test_classes_and_recipe_of_the_digits(tmp_path):

@@ -11,12 +11,13 @@ from PIL import Image
 from timm.models import get_pretrained_cfg
 
 import timm_sape2
-from timm_sape2.hub.card import make_card
+from timm_sape2.hub.card import RECIPES, make_card
 from timm_sape2.hub.config import check_config
 from timm_sape2.hub.package import write_config
 from timm_sape2.training import loaders
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.model import build_model, create_optimizer
+from timm_sape2.training.run_folder import path_of_run
 from timm_sape2.training.task import ResumableTask
 
 FOLDERS = sorted((Path(__file__).parents[2] / 'hub_configs').iterdir())
@@ -42,8 +43,9 @@ class RandomImages(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(pixels)), index
 
 
-def recipe(folder, *flags):
-    return parse_arguments(['-c', str(folder / 'train.yaml'), *flags], Path())
+def recipe(folder, *flags, name='train.yaml'):
+    """The recipe, but for the weights of a run before that it starts from."""
+    return parse_arguments(['-c', str(folder / name), '--pretrained-path', '', *flags], Path())
 
 
 def config_of(folder):
@@ -95,7 +97,7 @@ def test_it_is_exactly_what_the_model_of_the_recipe_exports(folder, tmp_path):
     write_config(
         tmp_path / 'config.json', model, folder.name.partition('.')[2], None, config_of(folder).get('label_names')
     )
-    assert (tmp_path / 'config.json').read_text() == (folder / 'config.json').read_text()
+    assert config_of(tmp_path) == config_of(folder)
 
 
 def test_the_card_is_up_to_date(folder):
@@ -104,8 +106,15 @@ def test_the_card_is_up_to_date(folder):
         assert '**No weights are published.**' in (folder / 'README.md').read_text()
 
 
-def test_its_recipe_trains_one_step(folder):
-    args = recipe(folder, '--device', 'cpu', '--batch-size', '2', '--workers', '0', '--aug-repeats', '0', '--no-amp')
+def test_its_recipes_train_one_step(folder):
+    for name in RECIPES:
+        if (folder / name).exists():
+            train_one_step(folder, name)
+
+
+def train_one_step(folder, name):
+    flags = ('--device', 'cpu', '--batch-size', '2', '--workers', '0', '--aug-repeats', '0', '--no-amp')
+    args = recipe(folder, *flags, name=name)
     args.distributed, args.world_size, args.rank = False, 1, 0
     device = torch.device('cpu')
     model = build_model(args)
@@ -125,3 +134,12 @@ def test_its_recipe_trains_one_step(folder):
     optimizer.step()
     assert torch.isfinite(value) and not torch.equal(model.head.weight, before)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_recipes_follow_one_another(folder):
+    """train.yaml starts from where pretrain.yaml leaves its weights, if there are two."""
+    weights = parse_arguments(['-c', str(folder / 'train.yaml')], Path()).pretrained_path
+    if (folder / 'pretrain.yaml').exists():
+        assert Path(weights) == path_of_run(recipe(folder, name='pretrain.yaml')) / 'last.pth.tar'
+    else:
+        assert not weights

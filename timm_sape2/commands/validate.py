@@ -65,9 +65,10 @@ def validate(arguments: argparse.Namespace) -> None:
         **measured,
     }
     if arguments.json != '-':
+        low, high = metrics['top1_interval']
         print(
-            f'{arguments.source}, {trained.weights}: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} %, '
-            f'loss {metrics["loss"]:.4f} on {metrics["num_images"]} images'
+            f'{arguments.source}, {trained.weights}: top-1 {metrics["top1"]:.2f} % (95 % interval {low:.2f} to '
+            f'{high:.2f}), top-5 {metrics["top5"]:.2f} %, loss {metrics["loss"]:.4f} on {metrics["num_images"]} images'
         )
     if arguments.json:
         write_json(metrics, arguments.json)

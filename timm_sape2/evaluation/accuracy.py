@@ -1,6 +1,8 @@
 """Accuracy of a trained model on a data set, computed as timm's validate.py does."""
 
 import logging
+import math
+from statistics import NormalDist
 from typing import Any
 
 import timm
@@ -35,7 +37,8 @@ def measure_accuracy(
         device: Where to compute.
 
     Returns:
-        'top1', 'top5', 'loss', 'num_images', and what they belong to: the 'fingerprint' of the weights and 'versions'.
+        'top1', 'top5', 'loss', 'num_images', 'input_size', 'top1_interval' (95 %, see `binomial_interval`), and what
+        they belong to: the 'fingerprint' of the weights and 'versions'.
 
     Raises:
         ValueError: If the classes of the data are not those of the model, or there are no images.
@@ -74,9 +77,25 @@ def measure_accuracy(
         'top5': round(top5.avg, 4),
         'loss': round(loss.avg, 6),
         'num_images': top1.count,
+        'input_size': list(data_config['input_size']),
+        'top1_interval': binomial_interval(top1.avg, top1.count),
         'fingerprint': fingerprint(model),
         'versions': {'timm_sape2': version.__version__, 'timm': timm.__version__, 'torch': torch.__version__},
     }
+
+
+def binomial_interval(percent: float, num_images: int, confidence: float = 0.95) -> list[float]:
+    """Return the interval in which an accuracy lies that was measured on some images, by the score method of Wilson.
+
+    Args:
+        percent: The measured accuracy.
+        num_images: Number of images.
+        confidence: Share of such intervals that hold the accuracy on all images of the kind.
+    """
+    share, squared = percent / 100, NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    center = share + squared / (2 * num_images)
+    half = math.sqrt(squared * (share * (1 - share) + squared / (4 * num_images)) / num_images)
+    return [round(100 * (center + side) / (1 + squared / num_images), 4) for side in (-half, half)]
 
 
 def check_classes(trained: TrainedModel, dataset: Any) -> None:

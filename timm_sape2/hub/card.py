@@ -1,4 +1,4 @@
-"""The model card, README.md: written from config.json, train.yaml and metrics.json beside it, never by hand."""
+"""The model card, README.md: written from config.json, recipes and metrics.json beside it, never by hand."""
 
 import json
 import math
@@ -19,7 +19,8 @@ PAPER = 'https://arxiv.org/abs/2505.09466'
 TAGS = ['image-classification', 'timm', 'timm_sape2', 'vision-transformer', 'position-encoding']
 METRICS = {'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'loss': 'cross-entropy'}
 MEASURED = {'dataset': str, 'split': str, 'num_images': int, 'measured_by': str, 'weights': str, 'fingerprint': str}
-OTHER = {'versions': dict, 'probe': dict}
+OTHER = {'versions': dict, 'probe': dict, 'input_size': list, 'top1_interval': list, 'training': list}
+RECIPES = ('pretrain.yaml', 'train.yaml')  # in the order in which they are run
 # By the tag of a model: what its data set is called, and where the Hub has it.
 DATASETS = {
     'cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
@@ -30,7 +31,7 @@ DATASETS = {
 
 
 def write_card(folder: Path, repo_id: str | None = None) -> None:
-    """Write README.md of a folder that has config.json, and train.yaml, metrics.json and model.safetensors or not.
+    """Write README.md of a folder that has config.json, and recipes, metrics.json and model.safetensors or not.
 
     Args:
         folder: The folder.
@@ -49,17 +50,16 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
     """Return the text of the card, see `write_card`."""
     config = read_config(folder / 'config.json')
     check_config(config)
-    recipe, metrics = read_recipe(folder / 'train.yaml'), read_metrics(folder / 'metrics.json')
-    recipe_text = (folder / 'train.yaml').read_text(encoding='utf-8') if recipe else ''
+    metrics = read_metrics(folder / 'metrics.json')
     name = repo_id.partition('/')[2] if repo_id else folder.resolve().name
     has_weights = (folder / 'model.safetensors').exists()
     sections = [
         f'# Model card for {name}',
-        _introduction(config, has_weights),
-        f'## Use it\n\n{_usage(config, repo_id if has_weights else None)}',
+        _introduction(config, has_weights, repo_id),
+        f'## Use it\n\n{_usage(config, _source(folder, repo_id) if has_weights else None)}',
         f'## Details\n\n{_details(config)}',
         f'## Results\n\n{_results(metrics, has_weights)}',
-        f'## Training\n\n{_training(recipe, recipe_text)}',
+        f'## Training\n\n{_training(folder, metrics)}',
     ]
     if metrics.get('probe'):
         sections.append(f'## Check\n\n{_check(config, metrics["probe"], repo_id)}')
@@ -67,7 +67,7 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read train.yaml, {} if there is none."""
+    """Read a recipe, {} if there is none."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding='utf-8')) if path.exists() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -91,12 +91,21 @@ def read_metrics(path: Path) -> dict[str, Any]:
     for key, value in metrics.items():
         if key not in known:
             raise ValueError(f'{path}: unknown {key!r}')
-        if not isinstance(value, known[key]) or (key in METRICS and not math.isfinite(value)):
+        if not isinstance(value, known[key]) or (key in METRICS and not _is_finite(value)):
             raise ValueError(f'{path}: {key} cannot be {value!r}')
+    interval, training = metrics.get('top1_interval', [0, 0]), metrics.get('training', [])
+    if len(interval) != 2 or not all(map(_is_finite, interval)):
+        raise ValueError(f'{path}: top1_interval must be two numbers, not {interval!r}')
+    if not all(isinstance(run, dict) for run in training):
+        raise ValueError(f'{path}: training must be a list of mappings, not {training!r}')
     for index, logit in metrics.get('probe', {}).items():
-        if not index.isdigit() or not isinstance(logit, (int, float)) or not math.isfinite(logit):
+        if not index.isdigit() or not _is_finite(logit):
             raise ValueError(f'{path}: probe cannot have {index!r}: {logit!r}')
     return metrics
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any], has_weights: bool) -> str:
@@ -134,21 +143,33 @@ def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any], has_we
     return data.to_yaml()
 
 
-def _introduction(config: dict[str, Any], has_weights: bool) -> str:
+def _introduction(config: dict[str, Any], has_weights: bool, repo_id: str | None) -> str:
     cfg = config['pretrained_cfg']
     trained = DATASETS.get(cfg.get('tag'), (None,))[0]
     text = f'The vision transformer `{config["architecture"]}` with the position encoding '
     text += f'`{_build(config).position_name}`, for the classification of images. It comes from the package '
     text += f'`{PLUGIN}`, a plugin of [timm](https://github.com/huggingface/pytorch-image-models).'
     if has_weights:
-        return text + (f' It was trained on {trained}.' if trained else '')
+        text += f' It was trained on {trained}.' if trained else ''
+        if repo_id:
+            return text
+        name = f'{config["architecture"]}.{cfg.get("tag")}' if cfg.get('tag') else config['architecture']
+        text += (
+            '\n\nThe weights are in this folder, from where they load. No repository of the Hub is known to have them, '
+        )
+        return f'{text}so the name `{name}` alone does not load them.'
     purpose = f' to train it on {trained}' if trained else ''
     return f'{text}\n\n**No weights are published.** These are the configuration and the recipe{purpose}.'
 
 
-def _usage(config: dict[str, Any], repo_id: str | None) -> str:
-    if repo_id:
-        call = f"timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()"
+def _source(folder: Path, repo_id: str | None) -> str:
+    """Return what timm calls a model on the Hub, or one that is in a folder of a checkout and nowhere else."""
+    return f'hf-hub:{repo_id}' if repo_id else f'local-dir:{"/".join(folder.resolve().parts[-2:])}'
+
+
+def _usage(config: dict[str, Any], source: str | None) -> str:
+    if source:
+        call = f"timm.create_model('{source}', pretrained=True).eval()"
     else:
         call = f"timm.create_model('{config['architecture']}'{_changed_arguments(config)})  # random weights"
     return f"""\
@@ -208,7 +229,9 @@ def _results(metrics: dict[str, Any], has_weights: bool) -> str:
         where += f', {metrics["num_images"]} images'
     rows = [f'| metric | {where} |', '| --- | --- |']
     for key, value in measured.items():
-        rows.append(f'| {METRICS[key]} | ' + (f'{value:.4f} |' if key == 'loss' else f'{value:.2f} % |'))
+        interval = metrics.get(f'{key}_interval')
+        within = f' (95 % interval {interval[0]:.2f} to {interval[1]:.2f})' if interval else ''
+        rows.append(f'| {METRICS[key]} | ' + (f'{value:.4f} |' if key == 'loss' else f'{value:.2f} %{within} |'))
     origin = 'The weights here' if has_weights else 'A run with the recipe below, whose weights are not published'
     if 'average' in metrics.get('weights', ''):
         origin += ' (the moving average of the weights)'
@@ -218,17 +241,34 @@ def _results(metrics: dict[str, Any], has_weights: bool) -> str:
     return '\n'.join([*rows, '', f'{origin}{f" with {versions}" if versions else ""}.'])
 
 
-def _training(recipe: dict[str, Any], text: str) -> str:
-    if not recipe:
-        return 'The recipe is not published.'
+def _training(folder: Path, metrics: dict[str, Any]) -> str:
+    recipes = {name: recipe for name in RECIPES if (recipe := read_recipe(folder / name))}
+    if not recipes:
+        parts = ['The recipe is not published.']
+    else:
+        commands = ', then '.join(_command(name, recipe) for name, recipe in recipes.items())
+        parts = [f'{commands} of `{PLUGIN}` trains it, with {" and ".join(recipes)}:']
+    for name in recipes:
+        text = (folder / name).read_text(encoding='utf-8').strip().replace('```', '')
+        parts.append(f'```yaml\n{text}\n```')
+    if metrics.get('training'):
+        parts.append(_history(metrics['training']))
+    return '\n\n'.join(parts)
+
+
+def _command(name: str, recipe: dict[str, Any]) -> str:
     start = 'torchrun --nproc_per_node=N' if recipe.get('aug_repeats') else 'python'
     data = '' if recipe.get('dataset') else ' --data-dir DIR'
-    return f"""\
-`{start} train.py -c train.yaml{data}` of `{PLUGIN}` trains it with this recipe, train.yaml:
+    return f'`{start} train.py -c {name}{data}`'
 
-```yaml
-{text.strip().replace('```', '')}
-```"""
+
+def _history(runs: list[dict[str, Any]]) -> str:
+    """Return a table of the runs that training took, from the summaries that `training_history` makes."""
+    columns = ('epochs', 'images_per_second', 'hours', 'processes', 'hardware', 'torch', 'commit', 'date')
+    rows = [['run', *(name.replace('_', ' ') for name in columns)], ['---'] * (1 + len(columns))]
+    rows += [[str(i + 1), *(_plain(run.get(name, '')) for name in columns)] for i, run in enumerate(runs)]
+    table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return f'What training took, one run after the other:\n\n{table}'
 
 
 def _check(config: dict[str, Any], probe: dict[str, float], repo_id: str | None) -> str:
@@ -236,9 +276,14 @@ def _check(config: dict[str, Any], probe: dict[str, float], repo_id: str | None)
     if any(int(index) >= len(names) for index in probe):
         raise ValueError(f'metrics.json: probe has classes that the model does not have, it has {len(names)}')
     rows = [f'| {_plain(names[int(index)])} | {value:.4f} |' for index, value in probe.items()]
-    command = f'timm-sape2 hub verify {shlex.quote(repo_id)}' if repo_id else 'timm-sape2 hub verify OWNER/NAME'
+    what = f'the logits of `{PROBE}` with these'
+    if repo_id:
+        command = f'timm-sape2 hub verify {shlex.quote(repo_id)}'
+        text = f"`{command}` compares the files with the Hub's record, and {what}:"
+    else:
+        text = f'Compare {what}:'
     return f"""\
-`{command}` compares the files with the Hub's record, and the logits of `{PROBE}` with these:
+{text}
 
 | class | logit |
 | --- | --- |

@@ -11,7 +11,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from ..version import __version__
 from .probe import PROBE
 
-FILES = ('config.json', 'model.safetensors', 'README.md', 'train.yaml', 'metrics.json', PROBE)
+FILES = ('config.json', 'model.safetensors', 'README.md', 'train.yaml', 'pretrain.yaml', 'metrics.json', PROBE)
 NEEDED = FILES[:2]
 
 

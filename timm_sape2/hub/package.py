@@ -17,6 +17,7 @@ from ..sources import TrainedModel, fingerprint, open_model
 from ..training.arguments import build_parser
 from ..training.digits import Digits
 from ..training.recipe import recipe_arguments
+from ..training.record import training_history
 from ..vit import PositionVisionTransformer
 from .card import METRICS, read_metrics, write_card
 from .config import PLUGIN, check_config, read_config
@@ -48,7 +49,8 @@ def write_package(
         repo_id: Where it is going to be published, OWNER/NAME or OWNER/NAME.TAG.
         license: Its license as the Hub writes it, by default that of its configuration.
         metrics: What `timm-sape2 validate --json` wrote for it, by default what its checkpoint or folder says.
-        recipe: Its recipe, by default what its checkpoint or folder says.
+        recipe: Its recipe, by default what its checkpoint or folder says. A pretrain.yaml beside it is the recipe of
+            the run before, whose weights it starts from.
         class_names: Names of its classes, by default what its configuration or its training data say.
 
     Raises:
@@ -60,11 +62,14 @@ def write_package(
     if trained.folder is not None and trained.folder.resolve() == folder.resolve():
         raise ValueError(f'{folder} is where the model comes from: choose another folder')
     measured = _find_metrics(trained, metrics)
-    recipe_text = _find_recipe(trained, recipe)
+    recipes = _find_recipes(trained, recipe)
     names = class_names or trained.class_names or _names_of_training(trained.training.get('args', {}))
     if names and len(names) != trained.model.num_classes:
         raise ValueError(f'{len(names)} names for the {trained.model.num_classes} classes of the model')
     probe = make_probe(trained)
+    history = training_history(trained.run)
+    if history:
+        measured['training'] = history
     measured['probe'] = highest_logits(probe_logits(trained, probe))
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +80,8 @@ def write_package(
     tag = repo_id.partition('/')[2].partition('.')[2]
     write_config(folder / 'config.json', trained.model, tag, license, names)
     (folder / 'metrics.json').write_text(json.dumps(measured, indent=2) + '\n', encoding='utf-8')
-    if recipe_text:
-        (folder / 'train.yaml').write_text(recipe_text, encoding='utf-8')
+    for name, text in recipes.items():
+        (folder / name).write_text(text, encoding='utf-8')
     probe.save(folder / PROBE)
     write_card(folder, repo_id)
     _check_package(folder, trained)
@@ -140,24 +145,27 @@ def _find_metrics(trained: TrainedModel, path: Path | None) -> dict[str, Any]:
     }
 
 
-def _find_recipe(trained: TrainedModel, path: Path | None) -> str:
-    """Return the recipe that the weights were trained with, nothing if it is not known."""
+def _find_recipes(trained: TrainedModel, path: Path | None) -> dict[str, str]:
+    """Return the recipes that the weights were trained with by the names of their files, none if they are not known."""
     if path is None and trained.folder is not None and (trained.folder / 'train.yaml').exists():
         path = trained.folder / 'train.yaml'
     parser = build_parser()
     if path is not None:
-        recipe_arguments(path, parser)
-        return path.read_text(encoding='utf-8')
+        before = path.with_name('pretrain.yaml')
+        files = {'train.yaml': path} | ({'pretrain.yaml': before} if before.exists() else {})
+        for file in files.values():
+            recipe_arguments(file, parser)
+        return {name: file.read_text(encoding='utf-8') for name, file in files.items()}
     args: Mapping[str, Any] = trained.training.get('args', {})
     defaults = vars(parser.parse_args([]))
     if not args or set(args) - set(defaults) - ADDED_BY_TRAINING:
-        return ''  # of another script, some of whose flags train.py does not have
+        return {}  # of another script, some of whose flags train.py does not have
     changed = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in args.items()
         if key in defaults and key not in PRIVATE and value != defaults[key]
     }
-    return yaml.safe_dump(changed, sort_keys=False)
+    return {'train.yaml': yaml.safe_dump(changed, sort_keys=False)}
 
 
 def _names_of_training(args: Mapping[str, Any]) -> list[str] | None:

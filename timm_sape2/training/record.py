@@ -1,4 +1,4 @@
-"""run.json of a run: what it was started with, each time, and how long its epochs took."""
+"""run.json of a run: what it was started with, each time, and how long its epochs took; and all in a few numbers."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .. import provenance
 from .run_folder import write_json
@@ -54,6 +56,47 @@ def read_record(folder: Path) -> dict[str, Any]:
         return json.loads((folder / 'run.json').read_text())
     except FileNotFoundError:
         return {'starts': [], 'epochs': []}
+
+
+def summarize_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a run, of at least one epoch, in a few numbers.
+
+    Returns:
+        'epochs'; 'images_per_second' of training, loading included; 'hours' of training and validation; and of the
+        last start 'processes', 'hardware' (a text), 'commit', 'torch' (its version) and 'date'.
+    """
+    epochs, start = record['epochs'], record['starts'][-1]
+    training, validation = (sum(epoch[f'{part}_seconds'] for epoch in epochs) for part in ('training', 'validation'))
+    hardware = start['hardware']
+    return {
+        'epochs': len(epochs),
+        'images_per_second': round(sum(epoch['images'] for epoch in epochs) / training),
+        'hours': round((training + validation) / 3600, 2),
+        'processes': start['processes'],
+        'hardware': hardware.get('gpu') or f'{hardware["cpu"]}, {hardware["cores"]} cores',
+        'commit': start['commit'],
+        'torch': start['versions']['torch'],
+        'date': epochs[-1]['finished'].partition('T')[0],
+    }
+
+
+def training_history(folder: Path | None) -> list[dict[str, Any]]:
+    """Return the summaries of a run and of those whose weights it started from, the first of them first.
+
+    Args:
+        folder: The folder of the run. Where there is none, or no run.json, the history begins after it.
+    """
+    history: list[dict[str, Any]] = []
+    seen: set[Path] = set()
+    while folder is not None and folder not in seen:
+        seen.add(folder)
+        record = read_record(folder)
+        if not record['epochs']:
+            break
+        history.insert(0, summarize_record(record))
+        weights = yaml.safe_load((folder / 'args.yaml').read_text()).get('pretrained_path')
+        folder = Path(weights).parent if weights else None
+    return history
 
 
 def _launcher() -> list[str]:
