@@ -54,6 +54,22 @@ class TestCheckpoint:
         opened = open_model(str(path), img_size=(80, 32))
         assert opened.model.patch_embed.grid_size == (5, 2) and opened.data_config['input_size'] == (3, 80, 32)
 
+    def test_folder_of_the_run(self, checkpoint):
+        path, model = checkpoint()
+        opened = open_model(str(path.parent))
+        assert fingerprint(opened.model) == fingerprint(model)
+        assert opened.run == path.parent and opened.folder is None and opened.model_kwargs == {'depth': 2}
+
+    def test_it_is_of_another_position_encoding(self, tmp_path):
+        """Rotary and no encoding have the same weights: only the record of the run tells them apart."""
+        model = timm.create_model('test_vit_sape2', position='rope')
+        args = argparse.Namespace(model='test_vit_sape2', model_kwargs={'position': 'rope'})
+        path = tmp_path / 'last.pth.tar'
+        torch.save({'state_dict': model.state_dict(), 'args': args}, path)
+        message = f"{path} does not load as test_vit_sape2: it was trained with position='rope', not 'nope'"
+        assert error(str(path), model_kwargs={'position': 'nope'}) == message
+        assert open_model(str(path), 'test_vit_sape2', {'position': 'rope'}).model.position_name == 'rope'
+
     def test_moving_average_and_its_absence(self, checkpoint, caplog):
         path, model = checkpoint()
         content = torch.load(path, weights_only=False)

@@ -25,6 +25,7 @@ _logger = logging.getLogger(__name__)
 AVERAGES = ('state_dict_ema', 'model_ema')
 WEIGHTS = ('state_dict', 'model')
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'interpolation')
+LAST = 'last.pth.tar'
 REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
 FILE = re.compile(r'.+\.(pth|pt|tar|bin|ckpt|safetensors)')
 
@@ -48,6 +49,11 @@ class TrainedModel:
     run: Path | None = None
 
     @property
+    def model_kwargs(self) -> Mapping[str, Any]:
+        """Arguments of the model that its training chose, as far as a checkpoint says."""
+        return self.training.get('args', {}).get('model_kwargs') or {}
+
+    @property
     def class_names(self) -> list[str] | None:
         """Names of the classes, None if the configuration has none."""
         names = self.model.pretrained_cfg.get('label_names')
@@ -69,8 +75,9 @@ def open_model(
     """Open a trained model.
 
     Args:
-        source: A checkpoint file, a folder with config.json and weights, or 'OWNER/NAME' on the Hub, with '@REVISION'
-            after it or not; 'local-dir:' or 'hf-hub:' before it decides what it is.
+        source: A checkpoint file, the folder of a run of train.py (its last weights), a folder with config.json and
+            weights, or 'OWNER/NAME' on the Hub, with '@REVISION' after it or not; 'local-dir:' or 'hf-hub:' before it
+            decides what it is.
         model_name: The model of a checkpoint that does not name it.
         model_kwargs: More of its arguments.
         img_size: Height and width to use it at, by default those it was trained at.
@@ -80,6 +87,8 @@ def open_model(
         OSError: If a file cannot be read.
         ValueError: If there is no such model, or it does not load; the message says why.
     """
+    if Path(source, LAST).is_file():
+        source = str(Path(source, LAST))
     if Path(source).is_file() or (FILE.fullmatch(source) and ':' not in source):
         opened = _open_checkpoint(Path(source), model_name, model_kwargs or {}, img_size, ema)
     else:
@@ -131,6 +140,8 @@ def _open_checkpoint(
         description = _description(name, {**args, **kwargs}, state_dict)
         if img_size is not None:
             kwargs['img_size'] = img_size
+        if (model_name or model_kwargs) and args.get('model'):
+            _check_encoding(args, name, kwargs)
         model: Any = timm.create_model(name, pretrained_cfg_overlay=description, **kwargs)
         if isinstance(model, PositionVisionTransformer):
             state_dict = checkpoint_filter_fn(state_dict, model)
@@ -144,6 +155,19 @@ def _open_checkpoint(
         training.pop('metric', None)  # it is that of the moving average
     weights = 'moving average of the weights' if entry in AVERAGES else 'weights'
     return TrainedModel(model, weights, training, run=path.parent)
+
+
+def _check_encoding(args: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a model has another position encoding than the one that was trained.
+
+    Encodings without parameters have the same weights, so that loading does not notice.
+    """
+    trained, asked = (
+        getattr(timm.create_model(model, device='meta', **arguments), 'position_name', None)
+        for model, arguments in ((args['model'], args.get('model_kwargs') or {}), (name, kwargs))
+    )
+    if asked != trained:
+        raise ValueError(f'it was trained with position={trained!r}, not {asked!r}')
 
 
 def _description(name: str, args: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from timm_sape2.__main__ import main
 from timm_sape2.commands import visualize
+from timm_sape2.hub.package import write_package
+from timm_sape2.sources import open_model
 from timm_sape2.studies.bias_maps import attention_biases, draw_bias_maps
 
 MODEL = 'vit_compact_pos_sape2_patch4_32'
@@ -96,6 +98,16 @@ def test_a_run_of_train(photo, run_folder, trained, drawn, tmp_path):
     np.testing.assert_allclose(bias_map.bias, expected, atol=1e-4)
 
 
+def test_a_folder_as_it_is_published(photo, run_folder, trained, drawn, tmp_path):
+    """config.json and safetensors, as on the Hub, give the maps of the checkpoint that they were made from."""
+    published = tmp_path / 'published'
+    write_package(published, open_model(str(run_folder)), 'owner/vit')
+    for source in (published, run_folder):
+        main(['visualize', str(photo), '--checkpoint', str(source), '--output', str(tmp_path / 'maps.png')])
+    (((first,), _), ((second,), _)) = drawn
+    np.testing.assert_array_equal(first.bias, second.bias)
+
+
 def test_it_is_a_study_too(photo, run_folder, drawn, tmp_path):
     main(['study', 'visualize', str(photo), '--checkpoint', str(run_folder), '--output', str(tmp_path / 'maps.png')])
     assert len(drawn) == 1
@@ -159,17 +171,18 @@ def test_warnings(photo, run_folder, tmp_path, caplog):
         ('--patch 8 0', 'no --patch 8 0: rows go from 0 to 7, columns from 0 to 7'),
         ('--patch 0 8', 'no --patch 0 8: rows go from 0 to 7, columns from 0 to 7'),
         ('--patch -1 0', "argument --patch: must be a whole number, 0 or more, not '-1'"),
-        ('--img-size 30', f'cannot create {MODEL} with '),
-        ('--img-size 8 8 8', 'argument --img-size: takes a side, or a height and a width, not 3 numbers'),
+        ('--img-size 30', f'{{run}}/last.pth.tar does not load as {MODEL}: '),
+        ('--img-size 8 8 8', '--img-size takes a side, or a height and a width, not 3 numbers'),
         ('--model-kwargs depth', "argument --model-kwargs: must be KEY=VALUE, not 'depth'"),
         ('--output maps.pdf', '--output must end in .png, not maps.pdf'),
         (
             '--model-kwargs position=learned',
-            "{run}/last.pth.tar was trained with position='learned+sape2' and position_args={}, not with those given",
+            f'{{run}}/last.pth.tar does not load as {MODEL}: '
+            "it was trained with position='learned+sape2', not 'learned'",
         ),
         (
             """--model-kwargs position_args={'sape2':{'target':'q'}}""",
-            "{run}/last.pth.tar was trained with position='learned+sape2' and position_args={}, not with those given",
+            '{run} was trained with position_args=None, not with those given',
         ),
     ],
 )
@@ -191,20 +204,22 @@ def test_bad_files(photo, run_folder, tmp_path, capsys):
     assert refusal(capsys, empty, '--model', MODEL) == f'no image {empty}'
     assert refusal(capsys, text, '--model', MODEL) == f'{text} is truncated or no image'
     assert refusal(capsys, cut, '--model', MODEL) == f'{cut} is truncated or no image'
-    assert refusal(capsys, photo, '--checkpoint', empty) == f'no checkpoint {empty / "last.pth.tar"}'
-    assert refusal(capsys, photo, '--checkpoint', missing) == f'no checkpoint {missing}'
+    assert refusal(capsys, photo, '--checkpoint', empty) == f'local-dir:{empty}: no config.json in the folder'
+    assert refusal(capsys, photo, '--checkpoint', missing).startswith(f'{missing} is no checkpoint, no folder')
     assert refusal(capsys, photo, '--checkpoint', text) == f'{text} is truncated or no checkpoint'
     error = refusal(capsys, photo, '--model', MODEL, '--output', text / 'maps.png')
     assert error.startswith(f'cannot write to the output folder {text}')
 
 
 def test_bad_models(photo, run_folder, tmp_path, capsys):
-    assert refusal(capsys, photo) == 'which model? Give --model NAME, or a --checkpoint of train.py'
+    assert refusal(capsys, photo) == 'which model? Give --checkpoint PATH, or --model NAME for an untrained one'
     weights = tmp_path / 'weights.pth'
     torch.save(timm.create_model('vit_compact_pos_learned_patch4_32').state_dict(), weights)
-    assert refusal(capsys, photo, '--checkpoint', weights).startswith('which model? Give --model NAME')
+    assert refusal(capsys, photo, '--checkpoint', weights).endswith(
+        'does not say which model it is of: add --model NAME'
+    )
     error = refusal(capsys, photo, '--checkpoint', weights, '--model', MODEL)
-    assert error.startswith(f'cannot create {MODEL} with these arguments: The checkpoint does not fit')
+    assert error.startswith(f'{weights} does not load as {MODEL}: The checkpoint does not fit')
     error = refusal(capsys, photo, '--checkpoint', weights, '--model', 'vit_compact_pos_learned_patch4_32')
     assert error.startswith("position='learned' has no attention bias; encodings with one: ")
     assert 'sape2' in error

@@ -1,7 +1,6 @@
 """The command `timm-sape2 visualize`."""
 
 import argparse
-import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +13,15 @@ from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
+from ..sources import TrainedModel
 from ..studies.bias_maps import DPI, BiasMap, attention_biases, blocks_with_bias, draw_bias_maps, trained_blocks
 from ..studies.runner import check_matplotlib
-from ..training.arguments import KeyValues, parse_arguments, positive_int, whole_number
-from ..training.checkpoint_files import read_checkpoint
-from ..training.loaders import resolve_data
+from ..training.arguments import parse_arguments, whole_number
 from ..training.model import build_model
 from ..training.processes import set_up_logging
 from ..training.run_folder import atomic_write, check_writable
+from .model_arguments import add_model_arguments, open_named_model
 from .parser import Commands
-
-OF_THE_RUN = ('model', 'model_kwargs', 'num_classes', 'in_chans', 'mean', 'std', 'crop_pct', 'interpolation')
 
 _logger = logging.getLogger(__name__)
 
@@ -48,22 +45,14 @@ examples:
   timm-sape2 visualize photo.jpg --model vit_small_sape2 --img-size 160 224 \\
       --checkpoint model.safetensors --head all
 
-A checkpoint of train.py says which model it is of and how its images are
-prepared. With other weights, --model does. Without weights the model is
+A checkpoint of train.py or a folder with config.json says which model it is of
+and how its images are prepared. With other weights, --model does. Without weights the model is
 untrained, and the maps mean nothing.""",
     )
     add = parser.add_argument
     add('images', nargs='+', metavar='IMAGE', help='files of images')
-    add('--model', metavar='NAME', help="model (default: the checkpoint's)")
-    add('--model-kwargs', nargs='+', default={}, action=KeyValues, metavar='KEY=VALUE', help='its arguments')
-    add('--checkpoint', type=Path, metavar='PATH', help='file of weights, or folder of a run of train.py')
-    add(
-        '--img-size',
-        nargs='+',
-        type=positive_int,
-        metavar='N',
-        help="side of the images, or height and width (default: the model's)",
-    )
+    add('--checkpoint', metavar='PATH', help='file, folder of a run or with config.json, or OWNER/NAME on the Hub')
+    add_model_arguments(parser)
     add(
         '--block',
         nargs='+',
@@ -95,16 +84,13 @@ def visualize(arguments: argparse.Namespace) -> None:
     try:
         check_writable(output.parent)
         pictures = {path: open_image(path) for path in arguments.images}
-        args = model_arguments(arguments)
-        model = build_model(args).eval()
+        trained = named_model(arguments)
     except OSError as error:
         raise ValueError(str(error)) from error
+    model, data = trained.model, trained.data_config
     blocks = chosen_blocks(arguments.block, model)
     heads = chosen_heads(arguments.head, model.blocks[0].attn.num_heads)
     patches = chosen_patches(arguments.patch, model.patch_embed.grid_size)
-    if arguments.checkpoint is None:
-        _logger.warning('The model is untrained, so the maps mean nothing; --checkpoint gives it weights')
-    data = resolve_data(args, model)
     transform = create_transform(**data)
     maps = []
     for path, picture in tqdm(pictures.items(), unit='image', disable=len(pictures) < 2):
@@ -139,39 +125,26 @@ def open_image(path: str) -> Image.Image:
         raise ValueError(f'{path} is truncated or no image') from error
 
 
-def model_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return arguments as train.py has them: those of the checkpoint, and on top those of the command line.
+def named_model(arguments: argparse.Namespace) -> TrainedModel:
+    """Open the model that the arguments name, or create it where they name no weights.
 
     Raises:
         OSError: If there is no such checkpoint.
-        ValueError: If no model is named, or one with another position encoding than the checkpoint's.
+        ValueError: If no model is named, it does not load, or was trained with other options of its encoding.
     """
-    args = parse_arguments(['--img-size', *map(str, arguments.img_size)] if arguments.img_size else [])
-    run: dict[str, Any] = {}
-    if arguments.checkpoint is not None:
-        path = arguments.checkpoint
-        path = path / 'last.pth.tar' if path.is_dir() else path
-        run = vars(read_checkpoint(path).get('args', argparse.Namespace()))
-        args.pretrained_path = str(path)
-        args.img_size = args.img_size or run.get('img_size')
-        vars(args).update({name: run[name] for name in OF_THE_RUN if name in run})
-    if arguments.model is None and 'model' not in run:
-        raise ValueError('which model? Give --model NAME, or a --checkpoint of train.py')
-    trained = copy.deepcopy(args)
-    args.model = arguments.model or args.model
-    args.model_kwargs = {**args.model_kwargs, **arguments.model_kwargs}
-    asked = arguments.model or arguments.model_kwargs
-    if asked and 'model' in run and position_of(args) != position_of(trained):
-        name, options = position_of(trained)
-        raise ValueError(f'{path} was trained with position={name!r} and position_args={options}, not with those given')
-    return args
-
-
-def position_of(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
-    """Return name and options of the position encoding that the model of a run has."""
-    arguments = argparse.Namespace(**{**vars(args), 'pretrained_path': ''})
-    arguments.model_kwargs = {**args.model_kwargs, 'device': 'meta'}
-    return getattr(build_model(arguments), 'position_name', None), args.model_kwargs.get('position_args') or {}
+    source = arguments.checkpoint
+    if source is None and arguments.model is None:
+        raise ValueError('which model? Give --checkpoint PATH, or --model NAME for an untrained one')
+    if source is None:
+        _logger.warning('The model is untrained, so the maps mean nothing; --checkpoint gives it weights')
+        args = parse_arguments(['--img-size', *map(str, arguments.img_size)] if arguments.img_size else [])
+        args.model, args.model_kwargs = arguments.model, arguments.model_kwargs
+        return TrainedModel(build_model(args).eval())
+    trained = open_named_model(arguments, source)
+    was, asked = (kwargs.get('position_args') for kwargs in (trained.model_kwargs, arguments.model_kwargs))
+    if asked is not None and asked != was:
+        raise ValueError(f'{source} was trained with position_args={was}, not with those given')
+    return trained
 
 
 def chosen_blocks(blocks: Sequence[int] | None, model: Any) -> list[int]:
