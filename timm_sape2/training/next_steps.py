@@ -13,14 +13,9 @@ from torch import nn
 def next_steps(args: argparse.Namespace, model: nn.Module, folder: Path) -> str:
     """Return the commands that load, validate, continue and vary the model of a run."""
     best = folder / 'model_best.pth.tar'
-    channels, height, width = args.input_size
+    height, width = args.input_size[1:]
     arguments = _arguments(args, model)
     load = ', '.join(f'{name}={value!r}' for name, value in arguments.items())
-    kwargs = [f'{name}={value}' for name, value in arguments.items() if name not in ('in_chans', 'num_classes')]
-    validate = _command('timm-sape2 run validate.py DIR/validation --model', args.model, '--checkpoint', best)
-    validate += f' --num-classes {args.num_classes} --input-size {channels} {height} {width}'
-    if kwargs:
-        validate += _command(' --model-kwargs', *kwargs)
     again = _command('python train.py -c', folder / 'args.yaml')
     learned = _command(*(f'{name}={value}' for name, value in {**args.model_kwargs, 'position': 'learned'}.items()))
     return f"""\
@@ -28,8 +23,8 @@ Trained. The weights are in {best}, curves and numbers beside them.
 Load them:
   import timm, timm_sape2
   model = timm.create_model({args.model!r}, checkpoint_path={str(best)!r}, {load})
-Validate them on your images, with validate.py of timm:
-  {validate}
+Validate them on your images, in DIR/validation/CLASS/:
+  {_command('timm-sape2 validate', best)} --data-dir DIR
 Train longer:
   {again} --resume auto --epochs {2 * args.epochs}
 Compare with another position encoding:
