@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from timm_sape2.studies.trained import evaluate, open_runs
 from timm_sape2.training.checkpoint_files import read_checkpoint
@@ -27,6 +28,18 @@ def test_a_checkpoint_of_a_run(compared):
     checkpoint = compared / 'runs' / 'nope_off_seed0' / 'model_best.pth.tar'
     (run,) = open_runs([str(checkpoint)], [])
     assert (run.checkpoint, run.factors['encoding']) == (checkpoint, 'nope')
+
+
+def test_encoding_that_is_the_default_of_the_model(compared, tmp_path):
+    """A run without `position=`: the encoding is that of the model, `learned+sape2` for this one."""
+    run = shutil.copytree(compared / 'runs' / 'learned+sape2_off_seed0', tmp_path / 'run')
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    del checkpoint['args'].model_kwargs['position']
+    torch.save(checkpoint, run / 'last.pth.tar')
+    recipe = yaml.safe_load((run / 'args.yaml').read_text())
+    del recipe['model_kwargs']['position']
+    (run / 'args.yaml').write_text(yaml.safe_dump(recipe))
+    assert open_runs([str(run)], [])[0].encoding == 'learned+sape2'
 
 
 def test_weights_are_those_of_the_checkpoint(run):

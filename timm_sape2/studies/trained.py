@@ -19,7 +19,7 @@ from ..training.checkpoint_files import read_checkpoint
 from ..training.model import build_model
 from .report import encoding_place
 from .study import Unit
-from .training_grid import share_initial_weights
+from .training_grid import check_model, share_initial_weights
 
 
 @dataclasses.dataclass
@@ -30,18 +30,20 @@ class TrainedRun:
         args: What it was trained with, and flags of now on top.
         checkpoint: The weights.
         img_size: Height and width in training.
+        encoding: The position encoding.
     """
 
     args: argparse.Namespace
     checkpoint: Path
     img_size: tuple[int, int]
+    encoding: str
 
     @property
     def factors(self) -> Unit:
         """What tells it from other runs."""
         layer_scale = self.args.model_kwargs.get('init_values')
         return {
-            'encoding': self.args.model_kwargs.get('position', self.args.model),
+            'encoding': self.encoding,
             'layer_scale': 'off' if layer_scale is None else f'{layer_scale:g}',
             'seed': self.args.seed,
         }
@@ -136,4 +138,4 @@ def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
         if asked != was:
             raise ValueError(f'{checkpoint} was trained with {name} {was!r}, not {asked!r}')
     args.num_classes, img_size = trained_with.num_classes, tuple(trained_with.input_size[1:])
-    return TrainedRun(args, checkpoint, img_size)
+    return TrainedRun(args, checkpoint, img_size, check_model(args, {}).position_name)
