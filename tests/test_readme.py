@@ -32,6 +32,13 @@ def test_models_of_the_first_example():
     assert names['model'].blocks[0].attn.position.sape2.target == 'q'
 
 
+def test_trained_weights_that_are_in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(block_with('python', 'local-dir:'), names)
+    assert names['model'].pretrained_cfg['label_names'][4] == 'deer'
+
+
 def test_loading_at_another_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / 'output' / 'train' / 'mine'

@@ -22,6 +22,7 @@ from timm_sape2.training import digits, loop
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.checkpoint_files import read_checkpoint
 from timm_sape2.training.interrupt import SignalCatcher
+from timm_sape2.training.record import read_record
 
 FLAGS = shlex.split("""
     --dataset digits --model test_vit_sape2 --img-size 16 --num-classes 10 --device cpu --workers 0
@@ -90,7 +91,7 @@ def test_without_data_it_learns_the_digits(tmp_path, monkeypatch, capsys):
     assert train.main(argv) == 0
     assert train.main(argv) == 0, 'the finished run is resumed and has nothing left to do'
     folder = tmp_path / recipe['experiment']
-    names = {'args.yaml', 'summary.csv', 'curves.png', 'last.pth.tar', 'model_best.pth.tar'}
+    names = {'args.yaml', 'run.json', 'summary.csv', 'curves.png', 'last.pth.tar', 'model_best.pth.tar'}
     assert names <= {path.name for path in folder.iterdir()}
     assert [row['epoch'] for row in summary(folder)] == ['0', '1']
     assert 'timm.create_model' in capsys.readouterr().out
@@ -136,6 +137,7 @@ def test_many_flags_together(run_folder):
         """)
     )
     assert [row['epoch'] for row in summary(folder)] == ['1'], 'an epoch without validation has no row'
+    assert [epoch['epoch'] for epoch in read_record(folder)['epochs']] == [0, 1], 'but it took its time'
     timm.create_model(
         'test_vit_sape2', img_size=(16, 32), in_chans=1, num_classes=10, checkpoint_path=folder / 'model_best.pth.tar'
     )

@@ -19,7 +19,7 @@ def test_record_of_a_run_that_was_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr('sys.argv', ['/somewhere/train.py', '--data-dir', 'my photos'])
     begin_record(tmp_path, 0, processes=1, training_images=100)
     for epoch in (0, 1, 2):
-        add_to_record(tmp_path, epoch, 96, training_seconds=9.96, validation_seconds=0.5)
+        add_to_record(tmp_path, epoch, 96, training_seconds=9.9999, validation_seconds=0.5)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     begin_record(tmp_path, 1, processes=2, training_images=100)
     add_to_record(tmp_path, 1, 96, training_seconds=5, validation_seconds=0.5)

@@ -14,6 +14,7 @@ import torch
 import train
 from timm_sape2.training import loop
 from timm_sape2.training.checkpoint_files import read_checkpoint
+from timm_sape2.training.record import read_record
 from timm_sape2.training.resume import check_same_run, find_checkpoint
 from timm_sape2.training.task import ResumePoint
 
@@ -54,12 +55,14 @@ def command(photos, output, workers=0, *flags):
 
 
 def assert_same_run(folder, expected):
-    """Compare weights, moving average, optimizer, best weights and summary, bit for bit, and the names of all files."""
+    """Compare weights, moving average, optimizer, best weights and summary, bit for bit, epochs and names of files."""
     for name in ('last.pth.tar', 'model_best.pth.tar'):
         ours, theirs = read_checkpoint(folder / name), read_checkpoint(expected / name)
         for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer'):
             assert_equal(ours[key], theirs[key])
     assert (folder / 'summary.csv').read_text() == (expected / 'summary.csv').read_text()
+    ours, theirs = (read_record(path)['epochs'] for path in (folder, expected))
+    assert [(epoch['epoch'], epoch['images']) for epoch in ours] == [(e['epoch'], e['images']) for e in theirs]
     assert {path.name for path in folder.iterdir()} == {path.name for path in expected.iterdir()}
 
 

@@ -161,14 +161,17 @@ def fit(run: Run, signals: SignalCatcher) -> None:
         if run.scheduler is not None:
             run.scheduler.step(epoch)
         point = train_one_epoch(run, epoch, signals)
+        metrics, started = None, time.perf_counter()
         if (epoch + 1) % run.args.val_interval == 0 or epoch + 1 == run.num_epochs:
-            started = time.perf_counter()
             metrics = evaluate(run, signals)
             if metrics is not None and run.task.has_ema():
                 metrics = evaluate(run, signals, ema=True)
             if metrics is None:
                 stop(run, point, signals)
-            save_epoch(run, point, metrics, time.perf_counter() - started)
+        if run.saver is not None:
+            add_to_record(run.folder, epoch, point.loss_count, point.seconds, time.perf_counter() - started)
+        if metrics is not None:
+            save_epoch(run, point, metrics)
 
 
 def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint:
@@ -240,8 +243,8 @@ def evaluate(run: Run, signals: SignalCatcher, ema: bool = False) -> dict[str, f
     return evaluator.compute(distributed=run.args.distributed)
 
 
-def save_epoch(run: Run, point: ResumePoint, metrics: dict[str, float], validation_seconds: float) -> None:
-    """Write what an epoch ends with: rows of summary and record, the checkpoint that makes it count, the curves."""
+def save_epoch(run: Run, point: ResumePoint, metrics: dict[str, float]) -> None:
+    """Write what an epoch ends with: a row of the summary, then the checkpoint that makes it count, then the curves."""
     epoch = point.epoch
     check_finite(run, metrics['loss'], f'in validation after epoch {epoch}')
     run.task.resume_point = ResumePoint(epoch + 1)
@@ -249,7 +252,6 @@ def save_epoch(run: Run, point: ResumePoint, metrics: dict[str, float], validati
         return
     rates = [group['lr'] for group in run.optimizer.param_groups]
     run_folder.add_to_summary(run.folder, epoch, {'loss': point.mean_loss}, metrics, lr=sum(rates) / len(rates))
-    add_to_record(run.folder, epoch, point.loss_count, point.seconds, validation_seconds)
     best, best_epoch = run.saver.save_checkpoint(epoch, metric=metrics[run.args.eval_metric])
     for outdated in run.folder.glob('recovery*.pth.tar'):
         outdated.unlink()

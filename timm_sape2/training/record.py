@@ -44,8 +44,8 @@ def add_to_record(
         'epoch': epoch,
         'finished': provenance.now(),
         'images': num_images,
-        'training_seconds': round(training_seconds, 1),
-        'validation_seconds': round(validation_seconds, 1),
+        'training_seconds': round(training_seconds, 3),
+        'validation_seconds': round(validation_seconds, 3),
     }
     write_json(folder / 'run.json', {**record, 'epochs': [*record['epochs'], done]})
 

@@ -1,0 +1,95 @@
+"""The figures of docs/results.md, and those of the README that are taken from it, are those of the files beside it."""
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from timm_sape2.__main__ import build_parser
+from timm_sape2.training.arguments import build_parser as build_training_parser
+from timm_sape2.training.record import read_record, summarize_record
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / 'docs' / 'results'
+PAGE = (ROOT / 'docs' / 'results.md').read_text()
+README = (ROOT / 'README.md').read_text()
+NAME = 'vit_compact_sape2_patch4_32.cifar10'
+
+
+def table_of(path):
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def measured(program, size):
+    return json.loads((RESULTS / 'validation' / f'{program}_{size}.json').read_text())
+
+
+@pytest.mark.parametrize('size', [32, 48, 64])
+def test_accuracy_is_that_of_both_programs(size):
+    ours, timms = measured('timm-sape2', size), measured('timm', size)
+    assert ours['num_images'] == 10_000 and ours['input_size'] == [3, size, size] and timms['img_size'] == size
+    assert ours['top1'] == timms['top1'] and ours['top5'] == timms['top5']
+    low, high = ours['top1_interval']
+    row = f'| {size}x{size} | {ours["top1"]:.2f} % | {timms["top1"]:.2f} % | {low:.2f} to {high:.2f} % |'
+    assert row in PAGE and row in README
+
+
+def test_accuracy_is_that_of_the_shipped_weights():
+    card = json.loads((ROOT / 'hub_configs' / NAME / 'metrics.json').read_text())
+    assert {measured('timm-sape2', size)['fingerprint'] for size in (32, 48, 64)} == {card['fingerprint']}
+    assert card['top1'] == measured('timm-sape2', 32)['top1']
+
+
+@pytest.mark.parametrize('run', [f'{NAME}_at_20', NAME])
+def test_what_training_took(run):
+    record, epochs = read_record(RESULTS / run), table_of(RESULTS / run / 'summary.csv')
+    took = summarize_record(record)
+    assert len(epochs) == took['epochs']
+    assert {start['training_images'] for start in record['starts']} == {50_000}
+    assert (
+        f'| [{run}](results/{run}/run.json) | {took["epochs"]} | {took["images_per_second"]} | {took["hours"]} | '
+        f'`{took["commit"]}` | {float(epochs[-1]["eval_top1"]):.2f} % |'
+    ) in PAGE
+    for start in record['starts']:
+        assert start['command'] in PAGE
+
+
+def test_accuracy_by_size():
+    rows = table_of(RESULTS / 'resolution' / 'results.csv')
+    for scale in ('none', 'grid'):
+        top1 = {row['size']: float(row['top1']) for row in rows if row['distance_scale'] == scale}
+        assert f'| `{scale}` | {" | ".join(f"{value:.2f}" for value in top1.values())} |' in PAGE
+
+
+def test_equivariance():
+    rows = table_of(RESULTS / 'equivariance' / 'results.csv')
+    for weights in ('trained', 'initial'):
+        for mode in ('circular', 'crop'):
+            of_mode = [row for row in rows if (row['weights'], row['mode']) == (weights, mode)]
+            cells = []
+            for patches in (1, 2):
+                shifts = [row for row in of_mode if float(row['patches']) == patches]
+                same, error = (
+                    sum(float(row[name]) for row in shifts) / len(shifts) for name in ('consistency', 'feature_error')
+                )
+                cells += [f'{same:.1f}', f'{error:.3f}']
+            assert f'| {weights}, {mode} | {" | ".join(cells)} |' in PAGE
+
+
+@pytest.mark.parametrize('command', re.findall(r'^(?:torchrun|python|timm-sape2) .*$', PAGE, re.MULTILINE))
+def test_commands(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)
+    if 'train.py' in words:
+        build_training_parser().parse_args(words[words.index('train.py') + 1 :])
+    else:
+        build_parser().parse_known_args(words[words.index('timm-sape2') + 1 :])
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r'\]\(([^)#]+)\)', PAGE):
+        assert target.startswith('https://') or (ROOT / 'docs' / target).exists(), target
