@@ -117,7 +117,7 @@ def test_recipes_of_two_runs_and_what_they_took(folder):
         == r"""| run | epochs | images per second | hours | processes | hardware | torch | commit | date |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | 1 | 2 | 400 | 0.5 | 2 | A\|B, 2 cores | 2.11.0 | abc | 2026-11-22 |
-| 2 | 1 | 400 | 0.5 | 2 | A\|B, 2 cores | 2.11.0 | None | 2026-11-22 |"""
+| 2 | 1 | 400 | 0.5 | 2 | A\|B, 2 cores | 2.11.0 |  | 2026-11-22 |"""
     )
 
 

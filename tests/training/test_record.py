@@ -3,6 +3,8 @@
 import copy
 import json
 
+import pytest
+
 from timm_sape2 import provenance
 from timm_sape2.training.record import (
     add_to_record,
@@ -82,6 +84,16 @@ def test_history_follows_the_weights_back(tmp_path):
     second = make_run(tmp_path / 'second', first / 'last.pth.tar')
     assert training_history(second) == [summarize_record(RECORD)] * 2
     assert training_history(first) == [summarize_record(RECORD)]
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"configuration": {}}'])
+def test_files_of_other_programs(tmp_path, content):
+    """They are never overwritten, and are no history."""
+    (tmp_path / 'run.json').write_text(content)
+    with pytest.raises(ValueError, match='is no record of train'):
+        begin_record(tmp_path, 0)
+    assert (tmp_path / 'run.json').read_text() == content
+    assert training_history(tmp_path) == []
 
 
 def test_history_begins_where_nothing_is_recorded(tmp_path):

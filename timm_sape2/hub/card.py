@@ -266,7 +266,7 @@ def _history(runs: list[dict[str, Any]]) -> str:
     """Return a table of the runs that training took, from the summaries that `training_history` makes."""
     columns = ('epochs', 'images_per_second', 'hours', 'processes', 'hardware', 'torch', 'commit', 'date')
     rows = [['run', *(name.replace('_', ' ') for name in columns)], ['---'] * (1 + len(columns))]
-    rows += [[str(i + 1), *(_plain(run.get(name, '')) for name in columns)] for i, run in enumerate(runs)]
+    rows += [[str(i + 1), *(_plain(run.get(name) or '') for name in columns)] for i, run in enumerate(runs)]
     table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
     return f'What training took, one run after the other:\n\n{table}'
 

@@ -127,8 +127,6 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
 def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> utils.CheckpointSaver:
     """Make the folder of the run, or put it in order after a kill, and return what saves checkpoints to it."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    run_folder.write_arguments(run.folder, recipe)
-    run_folder.begin_summary(run.folder, run.start.epoch)
     begin_record(
         run.folder,
         run.start.epoch,
@@ -136,6 +134,8 @@ def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> ut
         training_images=len(cast(Sized, run.train_loader.dataset)),
         validation_images=len(cast(Sized, run.val_loader.dataset)),
     )
+    run_folder.write_arguments(run.folder, recipe)
+    run_folder.begin_summary(run.folder, run.start.epoch)
     saver = utils.CheckpointSaver(
         model=run.task.get_trainable_module(),
         optimizer=run.optimizer,

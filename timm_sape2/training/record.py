@@ -51,11 +51,21 @@ def add_to_record(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return run.json of a folder, an empty record if it has none."""
+    """Return run.json of a folder, an empty record if it has none.
+
+    Raises:
+        ValueError: If the file is not one that train.py wrote.
+    """
+    path = folder / 'run.json'
     try:
-        return json.loads((folder / 'run.json').read_text())
+        record = json.loads(path.read_text())
+        if isinstance(record, dict) and record.keys() == {'starts', 'epochs'}:
+            return record
     except FileNotFoundError:
         return {'starts': [], 'epochs': []}
+    except ValueError:
+        pass
+    raise ValueError(f'{path} is no record of train.py: move it away, or choose another --experiment')
 
 
 def summarize_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -84,19 +94,27 @@ def training_history(folder: Path | None) -> list[dict[str, Any]]:
     """Return the summaries of a run and of those whose weights it started from, the first of them first.
 
     Args:
-        folder: The folder of the run. Where there is none, or no run.json, the history begins after it.
+        folder: The folder of the run. Where there is none, or no record in it, the history begins after it.
     """
     history: list[dict[str, Any]] = []
     seen: set[Path] = set()
     while folder is not None and folder not in seen:
         seen.add(folder)
-        record = read_record(folder)
+        try:
+            record = read_record(folder)
+        except ValueError:
+            break
         if not record['epochs']:
             break
         history.insert(0, summarize_record(record))
-        weights = yaml.safe_load((folder / 'args.yaml').read_text()).get('pretrained_path')
+        weights = _weights_before(folder / 'args.yaml')
         folder = Path(weights).parent if weights else None
     return history
+
+
+def _weights_before(recipe: Path) -> str:
+    arguments = yaml.safe_load(recipe.read_text()) if recipe.exists() else {}
+    return arguments.get('pretrained_path') or ''
 
 
 def _launcher() -> list[str]:
