@@ -2,6 +2,7 @@
 
 import subprocess
 
+import pytest
 import timm
 import torch
 
@@ -14,6 +15,23 @@ def test_versions_are_those_that_run():
     assert versions['timm'] == timm.__version__
     assert versions['timm_sape2'] == timm_sape2.__version__
     assert torch.__version__.startswith(versions['torch'])
+
+
+@pytest.mark.parametrize(
+    ('argv', 'processes', 'command'),
+    [
+        (['/a/train.py', '--epochs', '3'], None, 'python train.py --epochs 3'),
+        (['/a/train.py'], '2', 'torchrun --nproc_per_node=2 train.py'),
+        (['/bin/timm-sape2', 'study', 'compare'], None, 'timm-sape2 study compare'),
+        (['/a/timm_sape2/__main__.py', 'list'], '4', 'torchrun --nproc_per_node=4 -m timm_sape2 list'),
+    ],
+)
+def test_command_can_be_repeated(monkeypatch, argv, processes, command):
+    monkeypatch.setattr('sys.argv', argv)
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    if processes:
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+    assert ' '.join(provenance.command()) == command
 
 
 def repository(folder):

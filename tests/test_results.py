@@ -40,7 +40,7 @@ def test_accuracy_is_that_of_both_programs(size):
 
 def test_accuracy_is_that_of_the_shipped_weights():
     card = json.loads((ROOT / 'hub_configs' / NAME / 'metrics.json').read_text())
-    assert {measured('timm-sape2', size)['fingerprint'] for size in (32, 48, 64)} == {card['fingerprint']}
+    assert card['fingerprint'] == measured('timm-sape2', 32)['fingerprint']
     assert card['top1'] == measured('timm-sape2', 32)['top1']
 
 
@@ -87,7 +87,8 @@ def test_commands(command, monkeypatch):
     if 'train.py' in words:
         build_training_parser().parse_args(words[words.index('train.py') + 1 :])
     else:
-        build_parser().parse_known_args(words[words.index('timm-sape2') + 1 :])
+        arguments, flags = build_parser().parse_known_args(words[words.index('timm-sape2') + 1 :])
+        assert not flags or arguments.takes_flags
 
 
 def test_links_lead_somewhere():

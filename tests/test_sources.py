@@ -58,7 +58,7 @@ class TestCheckpoint:
         path, model = checkpoint()
         opened = open_model(str(path.parent))
         assert fingerprint(opened.model) == fingerprint(model)
-        assert opened.run == path.parent and opened.folder is None and opened.model_kwargs == {'depth': 2}
+        assert opened.run == path.parent and opened.folder is None
 
     def test_it_is_of_another_position_encoding(self, tmp_path):
         """Rotary and no encoding have the same weights: only the record of the run tells them apart."""
@@ -69,6 +69,21 @@ class TestCheckpoint:
         message = f"{path} does not load as test_vit_sape2: it was trained with position='rope', not 'nope'"
         assert error(str(path), model_kwargs={'position': 'nope'}) == message
         assert open_model(str(path), 'test_vit_sape2', {'position': 'rope'}).model.position_name == 'rope'
+
+    def test_plain_timm_becomes_one_of_ours(self, tmp_path):
+        """timm's models do not say their encoding, and their weights are converted."""
+        model = timm.create_model('vit_tiny_patch16_224', depth=1, num_classes=3)
+        args = argparse.Namespace(model='vit_tiny_patch16_224', model_kwargs={'depth': 1})
+        path = tmp_path / 'last.pth.tar'
+        torch.save({'state_dict': model.state_dict(), 'args': args}, path)
+        opened = open_model(str(path), 'vit_tiny_sape2', {'depth': 1, 'position': 'learned'})
+        images = torch.randn(1, 3, 224, 224)
+        torch.testing.assert_close(opened.model(images), model.eval()(images))
+
+    def test_size_of_a_dynamic_model(self, checkpoint):
+        path, _ = checkpoint()
+        opened = open_model(str(path), model_kwargs={'dynamic_img_size': True}, img_size=(80, 32))
+        assert opened.data_config['input_size'] == (3, 80, 32)
 
     def test_moving_average_and_its_absence(self, checkpoint, caplog):
         path, model = checkpoint()

@@ -1,10 +1,11 @@
-"""Where results come from: time, versions, commit and hardware."""
+"""Where results come from: time, command, versions, commit and hardware."""
 
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ PACKAGES = ('timm_sape2', 'timm', 'torch', 'torchvision', 'triton', 'numpy')
 def now() -> str:
     """Return the time in UTC."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
+
+
+def command() -> list[str]:
+    """Return the command line of this process, to be repeated, with torchrun before it if that started it."""
+    processes = os.environ.get('LOCAL_WORLD_SIZE')
+    launcher = ['torchrun', f'--nproc_per_node={processes}'] if processes else []
+    if Path(sys.argv[0]).name == 'train.py':
+        return [*(launcher or ['python']), 'train.py', *sys.argv[1:]]
+    return [*launcher, *(['-m', 'timm_sape2'] if launcher else ['timm-sape2']), *sys.argv[1:]]
 
 
 def versions() -> dict[str, str]:
@@ -43,7 +53,7 @@ def commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Return what this process has computed on."""
+    """Return what this process computes on; the GPU once it is in use."""
     described: dict[str, Any] = {
         'cpu': _cpu(),
         'cores': os.cpu_count(),

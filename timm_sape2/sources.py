@@ -13,7 +13,7 @@ import timm
 import torch
 from timm.data import resolve_input_data_config
 from timm.layers import to_2tuple
-from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
+from timm.models import clean_state_dict, get_model_input_config, get_pretrained_cfg, is_model, parse_model_name
 
 from .checkpoints import checkpoint_filter_fn
 from .factory import create_model
@@ -39,7 +39,7 @@ class TrainedModel:
         weights: Which weights these are: 'weights', or 'moving average of the weights'.
         training: What a checkpoint says of its training, some of 'args' (a mapping), 'epoch' and 'metric'.
         folder: The folder that it came from, None for a file and for the Hub.
-        run: The folder of the run that its checkpoint lies in, None for other sources.
+        run: The folder that its checkpoint lies in, that of the run if it is one of train.py; None for other sources.
     """
 
     model: Any
@@ -47,11 +47,6 @@ class TrainedModel:
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
     run: Path | None = None
-
-    @property
-    def model_kwargs(self) -> Mapping[str, Any]:
-        """Arguments of the model that its training chose, as far as a checkpoint says."""
-        return self.training.get('args', {}).get('model_kwargs') or {}
 
     @property
     def class_names(self) -> list[str] | None:
@@ -62,7 +57,7 @@ class TrainedModel:
     @property
     def data_config(self) -> dict[str, Any]:
         """Input size, normalization, cropping and interpolation, as timm's transforms and loaders take them."""
-        return resolve_input_data_config(self.model)
+        return resolve_input_data_config(self.model, {'input_size': get_model_input_config(self.model)['input_size']})
 
 
 def open_model(
@@ -78,7 +73,7 @@ def open_model(
         source: A checkpoint file, the folder of a run of train.py (its last weights), a folder with config.json and
             weights, or 'OWNER/NAME' on the Hub, with '@REVISION' after it or not; 'local-dir:' or 'hf-hub:' before it
             decides what it is.
-        model_name: The model of a checkpoint that does not name it.
+        model_name: The model, for a checkpoint that names none or is to be converted.
         model_kwargs: More of its arguments.
         img_size: Height and width to use it at, by default those it was trained at.
         ema: Prefer the moving average of the weights where a checkpoint has both.
@@ -116,9 +111,12 @@ def _open_configured(source: str, arguments: dict[str, Any]) -> TrainedModel:
     elif ':' not in source:
         raise ValueError(f'{source} is no checkpoint, no folder and no OWNER/NAME on the Hub')
     kind, name = parse_model_name(source)
-    return TrainedModel(
-        create_model(source, pretrained=True, **arguments), folder=Path(name) if kind == 'local-dir' else None
-    )
+    model = create_model(source, pretrained=True, **arguments)
+    if arguments.keys() - {'img_size'}:
+        trained, asked = (getattr(m, 'position_name', None) for m in (create_model(source, device='meta'), model))
+        if asked != trained:
+            raise ValueError(f'{source} was trained with position={trained!r}, not {asked!r}')
+    return TrainedModel(model, folder=Path(name) if kind == 'local-dir' else None)
 
 
 def _open_checkpoint(
@@ -140,7 +138,7 @@ def _open_checkpoint(
         description = _description(name, {**args, **kwargs}, state_dict)
         if img_size is not None:
             kwargs['img_size'] = img_size
-        if (model_name or model_kwargs) and args.get('model'):
+        if (model_name or model_kwargs) and is_model(args.get('model') or ''):
             _check_encoding(args, name, kwargs)
         model: Any = timm.create_model(name, pretrained_cfg_overlay=description, **kwargs)
         if isinstance(model, PositionVisionTransformer):
@@ -166,7 +164,7 @@ def _check_encoding(args: Mapping[str, Any], name: str, kwargs: Mapping[str, Any
         getattr(timm.create_model(model, device='meta', **arguments), 'position_name', None)
         for model, arguments in ((args['model'], args.get('model_kwargs') or {}), (name, kwargs))
     )
-    if asked != trained:
+    if trained is not None and asked != trained:
         raise ValueError(f'it was trained with position={trained!r}, not {asked!r}')
 
 

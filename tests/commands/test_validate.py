@@ -68,8 +68,9 @@ def test_the_numbers_are_those_of_timms_parts(photos, checkpoint, capsys, tmp_pa
     assert metrics['top1'] == pytest.approx(accuracy(logits, targets)[0].item(), abs=0.01)
     assert metrics['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), abs=1e-4)
     assert (metrics['top5'], metrics['num_images'], metrics['split']) == (100.0, 21, 'validation')
+    low, high = metrics['top1_interval']
     assert capsys.readouterr().out == (
-        f'{checkpoint}, weights: top-1 {metrics["top1"]:.2f} %, top-5 100.00 %, '
+        f'{checkpoint}, weights: top-1 {metrics["top1"]:.2f} % (95 % interval {low:.2f} to {high:.2f}), top-5 100.00 %, '
         f'loss {metrics["loss"]:.4f} on 21 images\n'
     )
 
@@ -85,7 +86,7 @@ def test_the_metrics_go_into_the_card(photos, checkpoint, tmp_path):
     push = ['hub', 'push', str(checkpoint), '--to', 'owner/vit', '--dry-run', '--folder', str(tmp_path / 'folder')]
     main([*push, '--metrics', str(tmp_path / 'metrics.json')])
     top1 = json.loads((tmp_path / 'metrics.json').read_text())['top1']
-    assert f'| top-1 accuracy | {top1:.2f} % |' in (tmp_path / 'folder' / 'README.md').read_text()
+    assert f'| top-1 accuracy | {top1:.2f} % (95 % interval ' in (tmp_path / 'folder' / 'README.md').read_text()
     validate(tmp_path / 'folder', '--data-dir', photos, '--json', tmp_path / 'again.json')
     assert json.loads((tmp_path / 'again.json').read_text())['top1'] == top1
 

@@ -143,6 +143,23 @@ def test_weights_alone_at_another_size(photo, trained, drawn, tmp_path):
     assert drawn[0][0][0].image.shape == (28, 36, 3)
 
 
+def test_options_that_weights_alone_do_not_say(photo, drawn, tmp_path):
+    """They are given, and nothing is there to compare them with."""
+    options = {'sape2': {'target': 'q'}}
+    model = timm.create_model(MODEL, position_args=options)
+    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    flags = ['--model', MODEL, '--model-kwargs', f'position_args={options}'.replace(' ', '')]
+    weights = ['--checkpoint', str(tmp_path / 'weights.safetensors')]
+    main(['visualize', str(photo), *flags, *weights, '--output', str(tmp_path / 'maps.png')])
+    assert len(drawn) == 1
+
+
+def test_dynamic_size(photo, drawn, tmp_path):
+    flags = ['--model', MODEL, '--model-kwargs', 'dynamic_img_size=True', '--img-size', '28', '36']
+    main(['visualize', str(photo), *flags, '--patch', '6', '8', '--output', str(tmp_path / 'maps.png')])
+    assert drawn[0][0][0].bias.shape == (7, 9, 7, 9)
+
+
 def test_gray_images(photo, drawn, tmp_path):
     flags = ['--model', MODEL, '--model-kwargs', 'in_chans=1', '--output', str(tmp_path / 'maps.png')]
     main(['visualize', str(photo), *flags])
@@ -182,7 +199,7 @@ def test_warnings(photo, run_folder, tmp_path, caplog):
         ),
         (
             """--model-kwargs position_args={'sape2':{'target':'q'}}""",
-            '{run} was trained with position_args=None, not with those given',
+            '{run} was trained with position_args={}, not with those given',
         ),
     ],
 )

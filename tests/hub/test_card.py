@@ -61,12 +61,12 @@ def test_results_are_those_of_the_metrics_file(folder):
 The weights here (the moving average of the weights), measured by training, after epoch 6."""
     )
     measured = {'top1': 50.0, 'top5': 100.0, 'loss': 1.25, 'num_images': 8, 'dataset': 'a|b', 'split': 'test'}
-    measured['top1_interval'] = [21.522, 78.478]
+    measured |= {'top1_interval': [21.522, 78.478], 'input_size': [3, 32, 48]}
     versions = {'measured_by': 'timm-sape2 validate', 'versions': {'timm': '1.0'}}
     (folder / 'metrics.json').write_text(json.dumps(measured | versions))
     assert (
         section(make_card(folder), 'Results')
-        == r"""| metric | a\|b, split test, 8 images |
+        == r"""| metric | a\|b, split test, 8 images at 32x48 |
 | --- | --- |
 | top-1 accuracy | 50.00 % (95 % interval 21.52 to 78.48) |
 | top-5 accuracy | 100.00 % |
@@ -105,7 +105,7 @@ def test_recipes_of_two_runs_and_what_they_took(folder):
     (folder / 'train.yaml').write_text('dataset: digits\nepochs: 1\n')
     run = {'epochs': 2, 'images_per_second': 400, 'hours': 0.5, 'processes': 2, 'hardware': 'A|B, 2 cores'}
     run |= {'torch': '2.11.0', 'commit': 'abc', 'date': '2026-11-22'}
-    runs = [run, {**run, 'epochs': 1, 'commit': None}]
+    runs = [run, {**run, 'epochs': 1, 'hours': 0.0, 'commit': None}]
     (folder / 'metrics.json').write_text(json.dumps({'training': runs}))
     text, *code, took, table = section(make_card(folder), 'Training').rstrip().split('\n\n')
     commands = '`python train.py -c pretrain.yaml`, then `python train.py -c train.yaml`'
@@ -117,13 +117,13 @@ def test_recipes_of_two_runs_and_what_they_took(folder):
         == r"""| run | epochs | images per second | hours | processes | hardware | torch | commit | date |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | 1 | 2 | 400 | 0.5 | 2 | A\|B, 2 cores | 2.11.0 | abc | 2026-11-22 |
-| 2 | 1 | 400 | 0.5 | 2 | A\|B, 2 cores | 2.11.0 |  | 2026-11-22 |"""
+| 2 | 1 | 400 | 0.0 | 2 | A\|B, 2 cores | 2.11.0 |  | 2026-11-22 |"""
     )
 
 
 def test_weights_that_are_in_a_folder_alone(folder):
     card = make_card(folder)
-    assert f"timm.create_model('local-dir:{folder.parent.name}/{folder.name}', pretrained=True)" in card
+    assert f"timm.create_model('local-dir:{folder}', pretrained=True)" in card
     assert 'No repository of the Hub is known to have them' in card and 'hf-hub:' not in card
     assert 'No repository' not in make_card(folder, 'owner/vit')
 

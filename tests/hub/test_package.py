@@ -98,6 +98,17 @@ def test_what_training_took_comes_from_the_folders_of_the_runs(checkpoint, tmp_p
     write_package(tmp_path / 'out', open_model(str(tmp_path / 'second' / 'last.pth.tar')), 'owner/vit')
     training = json.loads((tmp_path / 'out' / 'metrics.json').read_text())['training']
     assert [run['images_per_second'] for run in training] == [400, 900]
+    metrics = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    (tmp_path / 'new.json').write_text(json.dumps({'top1': 62.0, 'fingerprint': metrics['fingerprint']}))
+    write_package(tmp_path / 'again', open_model(str(tmp_path / 'out')), 'owner/vit', metrics=tmp_path / 'new.json')
+    assert json.loads((tmp_path / 'again' / 'metrics.json').read_text())['training'] == training
+
+
+def test_the_recipe_of_a_run_before_as_the_recipe(trained, tmp_path):
+    (tmp_path / 'pretrain.yaml').write_text('epochs: 2\n')
+    write_package(tmp_path / 'out', trained, 'owner/vit', recipe=tmp_path / 'pretrain.yaml')
+    assert (tmp_path / 'out' / 'train.yaml').read_text() == 'epochs: 2\n'
+    assert not (tmp_path / 'out' / 'pretrain.yaml').exists()
 
 
 def test_classes_and_recipe_of_the_digits(tmp_path):

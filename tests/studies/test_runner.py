@@ -162,6 +162,14 @@ def test_what_the_first_process_found_pending_is_shared(tmp_path, as_rank, monke
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason='no gloo')
+def test_folder_of_a_run_of_train(tmp_path):
+    """Its run.json is of another kind: the folder is refused, and stays as it is."""
+    (tmp_path / 'run.json').write_text('{"starts": [], "epochs": []}')
+    with pytest.raises(ValueError, match='holds a study with '):
+        run_study(Squares(), tmp_path, ['timm-sape2'])
+    assert [path.name for path in tmp_path.iterdir()] == ['run.json']
+
+
 def test_under_torchrun(tmp_path):
     """Two processes, each with a model of its own."""
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'timm_sape2']

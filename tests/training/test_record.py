@@ -96,9 +96,21 @@ def test_files_of_other_programs(tmp_path, content):
     assert training_history(tmp_path) == []
 
 
+@pytest.mark.parametrize('flag', ['initial_checkpoint', 'resume'])
+def test_other_ways_to_start_from_weights(tmp_path, flag, monkeypatch):
+    """The path may be spelled in another way than that of the folder."""
+    first, second = make_run(tmp_path / 'first'), make_run(tmp_path / 'second')
+    write_arguments(second, {'pretrained_path': '', 'resume': 'auto', flag: str(first / 'last.pth.tar')})
+    write_arguments(first, {'pretrained_path': 'second/last.pth.tar'})
+    monkeypatch.chdir(tmp_path)
+    assert len(training_history(second)) == 2
+
+
 def test_history_begins_where_nothing_is_recorded(tmp_path):
     assert training_history(None) == training_history(tmp_path) == []
     assert len(training_history(make_run(tmp_path / 'run', tmp_path / 'gone' / 'last.pth.tar'))) == 1
+    (make_run(tmp_path / 'broken') / 'args.yaml').write_text('{')
+    assert training_history(tmp_path / 'broken') == []
     assert len(training_history(make_run(tmp_path / 'circle', tmp_path / 'circle' / 'last.pth.tar'))) == 1
 
 

@@ -57,14 +57,21 @@ The card has the accuracy that the checkpoint was saved with, or what
 `timm-sape2 validate CHECKPOINT ... --json metrics.json` measured. A name
 such as vit_small_sape2.flowers says that `flowers` is the training data.""",
     )
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='file of train.py, or folder with config.json')
+    parser.add_argument(
+        'checkpoint', metavar='CHECKPOINT', help='file of train.py, folder of a run or with config.json'
+    )
     parser.add_argument('--to', metavar='OWNER/NAME', required=True, help='the repository, made if it is not there')
     parser.add_argument('--private', action='store_true', help='make a new repository private')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to, made if not there (default: main)')
     parser.add_argument('--dry-run', action='store_true', help='write the folder, send nothing')
     parser.add_argument('--folder', metavar='DIR', type=Path, help='keep what is sent here (dry run: output/hub/NAME)')
     parser.add_argument('--metrics', metavar='FILE', type=Path, help='what validate --json wrote for these weights')
-    parser.add_argument('--recipe', metavar='FILE', type=Path, help='its train.yaml (default: of the checkpoint)')
+    parser.add_argument(
+        '--recipe',
+        metavar='FILE',
+        type=Path,
+        help='its train.yaml, and pretrain.yaml if there is one beside it (default: of the checkpoint)',
+    )
     parser.add_argument('--class-names', metavar='FILE', type=Path, help='names of the classes, one a line')
     parser.add_argument('--license', metavar='NAME', help="license of the weights (default: the model's, apache-2.0)")
     add_model_arguments(parser, img_size=False)
@@ -159,7 +166,7 @@ def add_card(commands: Commands) -> None:
     parser = commands.add_parser(
         'card',
         help='write the model card of a folder anew',
-        description='Write README.md of folders from config.json, train.yaml and metrics.json.',
+        description='Write README.md of folders from config.json, recipes and metrics.json.',
         epilog="""\
 examples:
   timm-sape2 hub card hub_configs/*""",

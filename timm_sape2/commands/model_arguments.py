@@ -9,13 +9,19 @@ from ..training.arguments import KeyValues, positive_int
 def add_model_arguments(parser: argparse.ArgumentParser, img_size: bool = True) -> None:
     """Add what a checkpoint may not say of itself, and what can be changed."""
     group = parser.add_argument_group('the model')
-    group.add_argument('--model', metavar='NAME', help='for a checkpoint that does not name it')
+    group.add_argument('--model', metavar='NAME', help='for weights that do not name it, or none')
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='and its arguments'
     )
     group.add_argument('--no-ema', action='store_true', help='not the moving average of the weights')
     if img_size:
-        group.add_argument('--img-size', type=positive_int, nargs='+', metavar='N', help='side, or height and width')
+        group.add_argument(
+            '--img-size',
+            type=positive_int,
+            nargs='+',
+            metavar='N',
+            help="side, or height and width (default: the model's)",
+        )
 
 
 def open_named_model(arguments: argparse.Namespace, source: str) -> TrainedModel:

@@ -18,8 +18,9 @@ def add_predict(commands: Commands) -> None:
         'predict',
         help='classify images',
         description="""\
-Classify images with a trained model. SOURCE is a checkpoint of train.py, a
-folder with config.json, or OWNER/NAME on the Hugging Face Hub.""",
+Classify images with a trained model. SOURCE is a checkpoint of train.py, the
+folder of a run, a folder with config.json, or OWNER/NAME on the Hugging Face
+Hub.""",
         epilog="""\
 examples:
   timm-sape2 predict OWNER/NAME cat.jpg dog.jpg

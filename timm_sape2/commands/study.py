@@ -1,9 +1,9 @@
 """The command `timm-sape2 study`."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from .. import provenance
 from ..studies import STUDIES, Study
 from ..studies.runner import run_study
 from ..training.processes import set_up_logging
@@ -58,6 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
     set_up_logging()
     study = arguments.study(arguments, arguments.flags)
     try:
-        run_study(study, Path(arguments.output, arguments.experiment), ['timm-sape2', *sys.argv[1:]])
+        run_study(study, Path(arguments.output, arguments.experiment), provenance.command())
     except OSError as error:
         raise ValueError(str(error)) from error

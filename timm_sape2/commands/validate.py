@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.accuracy import measure_accuracy
+from ..training import run_folder
 from ..training.arguments import FLAG, positive_int, whole_number
 from ..training.datasets import open_split
 from ..training.hardware import device_name
-from ..training.run_folder import atomic_write
 from .model_arguments import add_model_arguments, open_named_model
 from .parser import Commands
 
@@ -22,8 +21,8 @@ def add_validate(commands: Commands) -> None:
         help='measure the accuracy of a trained model',
         description="""\
 Measure the accuracy of a trained model on a data set. SOURCE is a checkpoint of
-train.py, a folder with config.json, or OWNER/NAME on the Hugging Face Hub. The
-numbers are those of timm's validate.py.""",
+train.py, the folder of a run, a folder with config.json, or OWNER/NAME on the
+Hugging Face Hub. The numbers are those of timm's validate.py.""",
         epilog="""\
 examples:
   timm-sape2 validate output/train/NAME/model_best.pth.tar --data-dir DIR
@@ -76,9 +75,7 @@ def validate(arguments: argparse.Namespace) -> None:
 
 def write_json(content: Any, target: str) -> None:
     """Write JSON to a file, or to the standard output if it is called '-'."""
-    text = json.dumps(content, indent=2) + '\n'
     if target == '-':
-        sys.stdout.write(text)
-        return
-    with atomic_write(Path(target)) as path:
-        path.write_text(text, encoding='utf-8')
+        print(json.dumps(content, indent=1))
+    else:
+        run_folder.write_json(Path(target), content)

@@ -46,8 +46,8 @@ examples:
       --checkpoint model.safetensors --head all
 
 A checkpoint of train.py or a folder with config.json says which model it is of
-and how its images are prepared. With other weights, --model does. Without weights the model is
-untrained, and the maps mean nothing.""",
+and how its images are prepared. With other weights, --model does. Without
+weights the model is untrained, and the maps mean nothing.""",
     )
     add = parser.add_argument
     add('images', nargs='+', metavar='IMAGE', help='files of images')
@@ -141,8 +141,9 @@ def named_model(arguments: argparse.Namespace) -> TrainedModel:
         args.model, args.model_kwargs = arguments.model, arguments.model_kwargs
         return TrainedModel(build_model(args).eval())
     trained = open_named_model(arguments, source)
-    was, asked = (kwargs.get('position_args') for kwargs in (trained.model_kwargs, arguments.model_kwargs))
-    if asked is not None and asked != was:
+    run, asked = trained.training.get('args') or {}, arguments.model_kwargs.get('position_args')
+    was = (run.get('model_kwargs') or {}).get('position_args') or {}
+    if 'model' in run and asked is not None and asked != was:
         raise ValueError(f'{source} was trained with position_args={was}, not with those given')
     return trained
 

@@ -84,18 +84,18 @@ def measure_accuracy(
     }
 
 
-def binomial_interval(percent: float, num_images: int, confidence: float = 0.95) -> list[float]:
-    """Return the interval in which an accuracy lies that was measured on some images, by the score method of Wilson.
+def binomial_interval(percent: float, num_images: int) -> list[float]:
+    """Return the 95 % interval of an accuracy that was measured on some images, by the score method of Wilson.
 
     Args:
         percent: The measured accuracy.
         num_images: Number of images.
-        confidence: Share of such intervals that hold the accuracy on all images of the kind.
     """
-    share, squared = percent / 100, NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    share, squared = percent / 100, NormalDist().inv_cdf(0.975) ** 2
     center = share + squared / (2 * num_images)
     half = math.sqrt(squared * (share * (1 - share) + squared / (4 * num_images)) / num_images)
-    return [round(100 * (center + side) / (1 + squared / num_images), 4) for side in (-half, half)]
+    ends = (100 * (center + side) / (1 + squared / num_images) for side in (-half, half))
+    return [max(0.0, round(end, 4)) for end in ends]
 
 
 def check_classes(trained: TrainedModel, dataset: Any) -> None:

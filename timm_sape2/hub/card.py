@@ -163,8 +163,8 @@ def _introduction(config: dict[str, Any], has_weights: bool, repo_id: str | None
 
 
 def _source(folder: Path, repo_id: str | None) -> str:
-    """Return what timm calls a model on the Hub, or one that is in a folder of a checkout and nowhere else."""
-    return f'hf-hub:{repo_id}' if repo_id else f'local-dir:{"/".join(folder.resolve().parts[-2:])}'
+    """Return what timm calls a model on the Hub, or one that is in a folder alone, by the path that is given."""
+    return f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder.as_posix()}'
 
 
 def _usage(config: dict[str, Any], source: str | None) -> str:
@@ -227,6 +227,8 @@ def _results(metrics: dict[str, Any], has_weights: bool) -> str:
     where = f'{_plain(metrics.get("dataset", "unknown data"))}, split {_plain(metrics.get("split", "unknown"))}'
     if 'num_images' in metrics:
         where += f', {metrics["num_images"]} images'
+    if 'input_size' in metrics:
+        where += f' at {"x".join(map(str, metrics["input_size"][1:]))}'
     rows = [f'| metric | {where} |', '| --- | --- |']
     for key, value in measured.items():
         interval = metrics.get(f'{key}_interval')
@@ -266,7 +268,10 @@ def _history(runs: list[dict[str, Any]]) -> str:
     """Return a table of the runs that training took, from the summaries that `training_history` makes."""
     columns = ('epochs', 'images_per_second', 'hours', 'processes', 'hardware', 'torch', 'commit', 'date')
     rows = [['run', *(name.replace('_', ' ') for name in columns)], ['---'] * (1 + len(columns))]
-    rows += [[str(i + 1), *(_plain(run.get(name) or '') for name in columns)] for i, run in enumerate(runs)]
+    rows += [
+        [str(i + 1), *(_plain('' if run.get(name) is None else run[name]) for name in columns)]
+        for i, run in enumerate(runs)
+    ]
     table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
     return f'What training took, one run after the other:\n\n{table}'
 

@@ -67,7 +67,7 @@ def write_package(
     if names and len(names) != trained.model.num_classes:
         raise ValueError(f'{len(names)} names for the {trained.model.num_classes} classes of the model')
     probe = make_probe(trained)
-    history = training_history(trained.run)
+    history = _find_history(trained)
     if history:
         measured['training'] = history
     measured['probe'] = highest_logits(probe_logits(trained, probe))
@@ -145,6 +145,13 @@ def _find_metrics(trained: TrainedModel, path: Path | None) -> dict[str, Any]:
     }
 
 
+def _find_history(trained: TrainedModel) -> list[dict[str, Any]]:
+    """Return what the runs took that made the weights, nothing if it is not known."""
+    if trained.folder is not None:
+        return read_metrics(trained.folder / 'metrics.json').get('training', [])
+    return training_history(trained.run)
+
+
 def _find_recipes(trained: TrainedModel, path: Path | None) -> dict[str, str]:
     """Return the recipes that the weights were trained with by the names of their files, none if they are not known."""
     if path is None and trained.folder is not None and (trained.folder / 'train.yaml').exists():
@@ -152,7 +159,8 @@ def _find_recipes(trained: TrainedModel, path: Path | None) -> dict[str, str]:
     parser = build_parser()
     if path is not None:
         before = path.with_name('pretrain.yaml')
-        files = {'train.yaml': path} | ({'pretrain.yaml': before} if before.exists() else {})
+        two_runs = before.exists() and not before.samefile(path)
+        files = {'train.yaml': path} | ({'pretrain.yaml': before} if two_runs else {})
         for file in files.values():
             recipe_arguments(file, parser)
         return {name: file.read_text(encoding='utf-8') for name, file in files.items()}

@@ -143,7 +143,7 @@ def check_configuration(study: Study, folder: Path) -> None:
     path = folder / 'run.json'
     if not path.exists():
         return
-    wanted, there = configuration_of(study), json.loads(path.read_text())['configuration']
+    wanted, there = configuration_of(study), json.loads(path.read_text()).get('configuration', {})
     differences = [
         f'{name}={there.get(name)!r} instead of {wanted.get(name)!r}'
         for name in sorted({*wanted, *there})

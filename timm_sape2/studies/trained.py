@@ -13,6 +13,7 @@ from timm.task import ClassificationTask, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..sources import LAST
 from ..training import datasets, hardware, loaders
 from ..training.arguments import parse_arguments
 from ..training.checkpoint_files import read_checkpoint
@@ -95,7 +96,7 @@ def open_runs(paths: Sequence[str], flags: Sequence[str]) -> list[TrainedRun]:
     found = []
     for path in map(Path, paths):
         if (path / 'runs').is_dir():
-            found += [folder for folder in (path / 'runs').iterdir() if (folder / 'last.pth.tar').exists()]
+            found += [folder for folder in (path / 'runs').iterdir() if (folder / LAST).exists()]
         else:
             found.append(path)
     if not found:
@@ -122,7 +123,7 @@ def _order(run: TrainedRun) -> tuple:
 
 
 def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
-    checkpoint = path / 'last.pth.tar' if path.is_dir() else path
+    checkpoint = path / LAST if path.is_dir() else path
     recipe = checkpoint.with_name('args.yaml')
     missing = [str(file) for file in (checkpoint, recipe) if not file.is_file()]
     if missing:

@@ -31,7 +31,7 @@ from .interrupt import SignalCatcher
 from .model import build_model, create_optimizer
 from .processes import all_random_states, any_process, mean_loss_and_stop
 from .progress import EpochProgress
-from .record import add_to_record, begin_record
+from .record import add_to_record, begin_record, read_record
 from .task import ResumableTask, ResumePoint
 
 _logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
     device = hardware.set_up_device(args)
     folder = run_folder.path_of_run(args)
     run_folder.check_writable(folder)
+    read_record(folder)
     checkpoint = resume.find_checkpoint(args.resume, folder)
 
     utils.random_seed(args.seed)
@@ -127,13 +128,14 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
 def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> utils.CheckpointSaver:
     """Make the folder of the run, or put it in order after a kill, and return what saves checkpoints to it."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    begin_record(
-        run.folder,
-        run.start.epoch,
-        processes=run.args.world_size,
-        training_images=len(cast(Sized, run.train_loader.dataset)),
-        validation_images=len(cast(Sized, run.val_loader.dataset)),
-    )
+    if run.start.epoch < run.num_epochs:
+        begin_record(
+            run.folder,
+            run.start.epoch,
+            processes=run.args.world_size,
+            training_images=len(cast(Sized, run.train_loader.dataset)),
+            validation_images=len(cast(Sized, run.val_loader.dataset)),
+        )
     run_folder.write_arguments(run.folder, recipe)
     run_folder.begin_summary(run.folder, run.start.epoch)
     saver = utils.CheckpointSaver(

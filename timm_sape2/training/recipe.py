@@ -20,7 +20,7 @@ def recipe_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     Raises:
         ValueError: If the file is no mapping, or for a key or a value that the parser does not know; it names them.
     """
-    recipe = _read(path)
+    recipe = read_recipe(path)
     defaults = vars(parser.parse_args([]))
     defaults.pop('config')
     unknown = [key for key in recipe if key not in defaults]
@@ -37,7 +37,13 @@ def recipe_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     return arguments
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe as it stands.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is no mapping.
+    """
     try:
         recipe = yaml.safe_load(path.read_text())
     except OSError as error:

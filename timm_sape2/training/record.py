@@ -1,15 +1,12 @@
 """run.json of a run: what it was started with, each time, and how long its epochs took; and all in a few numbers."""
 
 import json
-import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .. import provenance
+from .recipe import read_recipe
 from .run_folder import write_json
 
 
@@ -23,7 +20,7 @@ def begin_record(folder: Path, epoch: int, **numbers: int) -> None:
     """
     record = read_record(folder)
     start = {
-        'command': shlex.join([*_launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]),
+        'command': shlex.join(provenance.command()),
         'started': provenance.now(),
         'epoch': epoch,
         'commit': provenance.commit(),
@@ -98,25 +95,20 @@ def training_history(folder: Path | None) -> list[dict[str, Any]]:
     """
     history: list[dict[str, Any]] = []
     seen: set[Path] = set()
-    while folder is not None and folder not in seen:
-        seen.add(folder)
+    while folder is not None and folder.resolve() not in seen:
+        seen.add(folder.resolve())
         try:
-            record = read_record(folder)
-        except ValueError:
+            record, weights = read_record(folder), _weights_before(folder / 'args.yaml')
+        except (ValueError, OSError):
             break
         if not record['epochs']:
             break
         history.insert(0, summarize_record(record))
-        weights = _weights_before(folder / 'args.yaml')
         folder = Path(weights).parent if weights else None
     return history
 
 
-def _weights_before(recipe: Path) -> str:
-    arguments = yaml.safe_load(recipe.read_text()) if recipe.exists() else {}
-    return arguments.get('pretrained_path') or ''
-
-
-def _launcher() -> list[str]:
-    processes = os.environ.get('LOCAL_WORLD_SIZE')
-    return ['torchrun', f'--nproc_per_node={processes}'] if processes else ['python']
+def _weights_before(path: Path) -> str | None:
+    recipe = read_recipe(path)
+    resumed = recipe.get('resume') if recipe.get('resume') != 'auto' else None
+    return resumed or recipe.get('initial_checkpoint') or recipe.get('pretrained_path')
