@@ -70,8 +70,8 @@ def test_the_numbers_are_those_of_timms_parts(photos, checkpoint, capsys, tmp_pa
     assert (metrics['top5'], metrics['num_images'], metrics['split']) == (100.0, 21, 'validation')
     low, high = metrics['top1_interval']
     assert capsys.readouterr().out == (
-        f'{checkpoint}, weights: top-1 {metrics["top1"]:.2f} % (95 % interval {low:.2f} to {high:.2f}), top-5 100.00 %, '
-        f'loss {metrics["loss"]:.4f} on 21 images\n'
+        f'{checkpoint}, weights: top-1 {metrics["top1"]:.2f} % (95 % interval {low:.2f} to {high:.2f}), '
+        f'top-5 100.00 %, loss {metrics["loss"]:.4f} on 21 images\n'
     )
 
 
