@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
+from ..training.recipe import read_recipe
 from ..training.run_folder import atomic_write
 from .config import PLUGIN, check_config, read_config
 from .probe import PROBE
@@ -64,17 +64,6 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
     if metrics.get('probe'):
         sections.append(f'## Check\n\n{_check(config, metrics["probe"], repo_id)}')
     return f'---\n{_metadata(name, config, metrics, has_weights)}\n---\n' + '\n\n'.join(sections) + '\n'
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe, {} if there is none."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding='utf-8')) if path.exists() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f'{path} must be a mapping of flags of train.py')
-    return recipe
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -244,7 +233,8 @@ def _results(metrics: dict[str, Any], has_weights: bool) -> str:
 
 
 def _training(folder: Path, metrics: dict[str, Any]) -> str:
-    recipes = {name: recipe for name in RECIPES if (recipe := read_recipe(folder / name))}
+    there = [name for name in RECIPES if (folder / name).exists()]
+    recipes = {name: recipe for name in there if (recipe := read_recipe(folder / name))}
     if not recipes:
         parts = ['The recipe is not published.']
     else:

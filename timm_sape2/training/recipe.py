@@ -45,7 +45,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ValueError: If it is no mapping.
     """
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
     except OSError as error:
         raise OSError(f'cannot read the recipe {path}: {error.strerror}') from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
