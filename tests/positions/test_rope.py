@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from timm_sape2.checkpoints import checkpoint_filter_fn, rename_from_timm_rope
+from timm_sape2.models.convert import checkpoint_filter_fn, rename_from_timm_rope
 from timm_sape2.positions import ENCODINGS, Host
 from timm_sape2.positions.rope import AxialRotaryPosition, MixedRotaryPosition
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from timm_sape2.models.vit import PositionAttention
 from timm_sape2.studies.attention_inputs import record_attention_inputs
-from timm_sape2.vit import PositionAttention
 
 
 @pytest.mark.parametrize('qk_norm', [False, True])

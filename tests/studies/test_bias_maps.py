@@ -8,6 +8,7 @@ import torch
 from matplotlib.colors import Normalize
 from torch import nn
 
+from timm_sape2.models.vit import PositionAttention
 from timm_sape2.positions import ENCODINGS, PositionEncoding
 from timm_sape2.studies.bias_maps import (
     BiasMap,
@@ -19,7 +20,6 @@ from timm_sape2.studies.bias_maps import (
     trained_blocks,
 )
 from timm_sape2.studies.variants import use_reference
-from timm_sape2.vit import PositionAttention
 
 
 class Numbered(PositionEncoding):

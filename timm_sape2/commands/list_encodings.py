@@ -6,9 +6,9 @@ import timm
 import torch
 from torch import Tensor
 
-from ..model_cost import count_flops, count_parameters
+from ..models.flops import count_flops, count_parameters
+from ..models.vit import PositionVisionTransformer
 from ..positions import ENCODINGS
-from ..vit import PositionVisionTransformer
 from .table import print_table
 
 REFERENCE = 'vit_small_pos_nope'

@@ -5,7 +5,7 @@ from typing import Any
 
 import timm
 
-from ..model_cost import count_flops, count_parameters
+from ..models.flops import count_flops, count_parameters
 from .list_encodings import show_encodings
 from .list_implementations import show_implementations
 from .parser import Commands

@@ -12,7 +12,7 @@ import timm
 from timm.models import PretrainedCfg, is_model, is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 
-from ..vit import PositionVisionTransformer
+from ..models.vit import PositionVisionTransformer
 
 PLUGIN = 'timm_sape2'
 REQUIRED = {'architecture': str, 'num_classes': int, 'num_features': int, 'model_args': dict, 'pretrained_cfg': dict}

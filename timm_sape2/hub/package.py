@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.utils import natural_key
 
-from .._timm_compat import save_config_for_hf
+from .._compat import save_config_for_hf
+from ..models.vit import PositionVisionTransformer
 from ..sources import TrainedModel, fingerprint, open_model
 from ..training.arguments import build_parser
 from ..training.digits import Digits
 from ..training.recipe import recipe_arguments
 from ..training.record import training_history
-from ..vit import PositionVisionTransformer
 from .card import METRICS, read_metrics, write_card
 from .config import PLUGIN, check_config, read_config
 from .files import FILES

@@ -5,7 +5,7 @@ from timm.layers import apply_rot_embed, build_rotary_pos_embed
 from torch import Tensor, nn
 from torch.jit import Final
 
-from .._timm_compat import init_random_2d_freqs
+from .._compat import init_random_2d_freqs
 from ..ops.sape2.reference import at_least_float32
 from .base import Host, PositionEncoding
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..vit import PositionAttention, PositionVisionTransformer
+from ..models.vit import PositionAttention, PositionVisionTransformer
 
 
 class AttentionInputs(NamedTuple):

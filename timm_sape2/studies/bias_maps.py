@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.vit import PositionVisionTransformer
 from ..positions import ENCODINGS
-from ..vit import PositionVisionTransformer
 from .attention_inputs import record_attention_inputs
 from .report import new_figure
 

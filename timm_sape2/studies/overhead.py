@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model_cost import count_flops, count_parameters, input_size
+from ..models.flops import count_flops, count_parameters, input_size
 from ..positions import ENCODINGS
 from ..training.arguments import positive_int
 from ..training.hardware import check_device, mixed_precision, set_up_device

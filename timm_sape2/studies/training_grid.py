@@ -13,13 +13,13 @@ import timm
 from timm import utils
 from torch import nn
 
+from ..models.vit import PositionVisionTransformer
 from ..training import datasets
 from ..training.arguments import parse_arguments
 from ..training.interrupt import SignalCatcher
 from ..training.loop import fit, set_up
 from ..training.model import build_model
 from ..training.run_folder import path_of_run
-from ..vit import PositionVisionTransformer
 from .study import Row, Unit
 
 MODEL = ('--model', 'vit_compact_sape2_patch4_32', '--num-classes', '10', '--checkpoint-hist', '1')

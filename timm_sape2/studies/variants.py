@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import nn
 
+from ..models.vit import PositionAttention, PositionVisionTransformer
 from ..positions import parse_position
-from ..vit import PositionAttention, PositionVisionTransformer
 from .settings import image_and_patch
 
 IMPLEMENTATIONS = {

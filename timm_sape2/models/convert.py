@@ -9,7 +9,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from .positions import PositionEncoding
+from ..positions import PositionEncoding
 
 _logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg, is_model_pretrained, save_for_hf
 
 from timm_sape2 import PositionVisionTransformer
-from timm_sape2 import vision_transformer_sape2 as registered
+from timm_sape2.models import vision_transformer_sape2 as registered
 from timm_sape2.positions import ENCODINGS
 
 NAMES = timm.list_models(module='vision_transformer_sape2')

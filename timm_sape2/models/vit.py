@@ -20,9 +20,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.jit import Final
 
-from ._timm_compat import feature_take_indices
-from .checkpoints import checkpoint_filter_fn
-from .positions import ENCODINGS, Host, PositionEncoding, build_encodings, parse_position
+from .._compat import feature_take_indices
+from ..positions import ENCODINGS, Host, PositionEncoding, build_encodings, parse_position
+from .convert import checkpoint_filter_fn
 
 __all__ = ['PositionAttention', 'PositionBlock', 'PositionVisionTransformer', 'checkpoint_filter_fn']
 

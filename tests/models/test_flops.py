@@ -3,7 +3,7 @@
 import pytest
 import timm
 
-from timm_sape2.model_cost import count_flops, count_parameters
+from timm_sape2.models.flops import count_flops, count_parameters
 
 
 @pytest.mark.parametrize('device', ['meta', 'cpu'])

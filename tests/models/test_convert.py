@@ -13,9 +13,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 
 import timm_sape2  # noqa: F401  (registers the models)
-from timm_sape2.checkpoints import checkpoint_filter_fn, position_embedding_grid, rename_from_authors
+from timm_sape2.models.convert import checkpoint_filter_fn, position_embedding_grid, rename_from_authors
 
-DATA = Path(__file__).parent / 'data'
+DATA = Path(__file__).parents[1] / 'data'
 TINY = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, num_classes=5)
 
 

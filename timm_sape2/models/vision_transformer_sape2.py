@@ -5,7 +5,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from .checkpoints import checkpoint_filter_fn
+from .convert import checkpoint_filter_fn
 from .vit import PositionVisionTransformer
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
