@@ -269,6 +269,58 @@ class TestSourceGrid:
             position_embedding_grid(num_tokens, (14, 14), target)
 
 
+class TestPrefixTokens:
+    """On the 7x9 grid, 63 entries of `pos_embed` are for patches alone, 64 are with one for the class token."""
+
+    @pytest.mark.parametrize('declared', [True, False])
+    @pytest.mark.parametrize(
+        ('made_with', 'missing'),
+        [
+            ({'no_embed_class': True}, 'a class token, no register tokens and no entries of pos_embed for them'),
+            ({'reg_tokens': 4}, 'a class token, 4 register tokens'),
+            (
+                {'reg_tokens': 4, 'no_embed_class': True},
+                'a class token, 4 register tokens and no entries of pos_embed for them',
+            ),
+            ({'class_token': False, 'global_pool': 'avg'}, 'no class token, no register tokens'),
+            ({'class_token': False, 'global_pool': 'map'}, 'no class token, no register tokens'),
+            (
+                {'class_token': False, 'reg_tokens': 2, 'no_embed_class': True, 'global_pool': 'avg'},
+                'no class token, 2 register tokens and no entries of pos_embed for them',
+            ),
+        ],
+    )
+    def test_the_refusal_names_the_arguments_and_they_are_right(self, tmp_path, made_with, missing, declared):
+        size = (56, 72) if declared else 72
+        state, overlay = source(tmp_path, img_size=size, **made_with)
+        if not declared:
+            del overlay['input_size']  # the default then, 64, which is wrong: only a square grid can be assumed
+        message = f'The checkpoint does not fit, nothing was loaded; it has {missing}. Create the model with '
+        with pytest.raises(ValueError) as raised:
+            load(overlay, img_size=size)
+        text = str(raised.value)
+        assert text.startswith(message)
+        named = eval(f'dict({text.removeprefix(message).rstrip(".")})')
+        assert named == made_with
+        assert not changed(load(overlay, img_size=size, **named), state)
+
+    def test_a_model_made_for_others_is_told_too(self, tmp_path):
+        _, overlay = source(tmp_path)
+        with pytest.raises(ValueError, match='Create the model with reg_tokens=0, no_embed_class=False'):
+            load(overlay, img_size=(56, 72), reg_tokens=4, no_embed_class=True)
+
+    def test_without_a_learned_embedding(self, tmp_path):
+        _, overlay = source(tmp_path, 'rope', reg_tokens=3)
+        with pytest.raises(ValueError, match=r'Create the model with reg_tokens=3\.$'):
+            load(overlay, 'rope', img_size=(56, 72))
+
+    def test_distilled(self, tmp_path):
+        state, overlay = source(tmp_path)
+        save_file({**state, 'dist_token': torch.zeros(1, 1, 32)}, tmp_path / 'model.safetensors')
+        with pytest.raises(ValueError, match=r'a distilled model, with a second class token \(dist_token\)'):
+            load(overlay, img_size=(56, 72))
+
+
 class TestMisfits:
     @pytest.fixture
     def state(self):

@@ -44,6 +44,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
         raise ValueError('The checkpoint does not fit, it has no convolution patch_embed.proj.weight.')
 
     source_grid = declared_grid(model, to_2tuple(tuple(patch_weight.shape[-2:])))
+    check_prefix_tokens(state_dict, model, source_grid)
     if model.pos_embed is not None and 'pos_embed' in state_dict:
         num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
         source_grid = position_embedding_grid(
@@ -125,6 +126,51 @@ def declared_grid(model: VisionTransformer, patch_size: Grid) -> Grid | None:
         return None
     height, width = to_2tuple(size)
     return height // patch_size[0], width // patch_size[1]
+
+
+def check_prefix_tokens(state_dict: StateDict, model: VisionTransformer, declared: Grid | None) -> None:
+    """Raise a ValueError that names the arguments if a checkpoint has other class or register tokens than the model.
+
+    A `pos_embed` of H * W entries has none for these tokens, one of H * W + 1 + R entries has one for each. Counted
+    with the wrong tokens, it would seem to be of another image size.
+
+    Args:
+        state_dict: The checkpoint.
+        model: The model that it is for.
+        declared: Grid that the configuration of the checkpoint declares.
+    """
+    if 'dist_token' in state_dict:
+        raise ValueError(
+            'The checkpoint does not fit, it is of a distilled model, with a second class token (dist_token).'
+        )
+    has_class_token = 'cls_token' in state_dict
+    num_registers = state_dict['reg_token'].shape[1] if 'reg_token' in state_dict else 0
+    num_prefix_tokens = has_class_token + num_registers
+    wanted: dict[str, object] = {}
+    if has_class_token != (model.cls_token is not None):
+        wanted['class_token'] = has_class_token
+    if num_registers != model.num_reg_tokens:
+        wanted['reg_tokens'] = num_registers
+    embedded = True
+    if num_prefix_tokens > 0 and model.pos_embed is not None and 'pos_embed' in state_dict:
+        num_entries = state_dict['pos_embed'].shape[1]
+        numbers_of_patches = {num_entries: False, num_entries - num_prefix_tokens: True}
+        told = [
+            *(number for number in numbers_of_patches if declared is not None and math.prod(declared) == number),
+            *(number for number in numbers_of_patches if math.isqrt(max(number, 0)) ** 2 == number),
+        ]
+        embedded = numbers_of_patches[told[0]] if told else not model.no_embed_class
+        if embedded == model.no_embed_class:
+            wanted['no_embed_class'] = not embedded
+    if not wanted:
+        return
+    if not has_class_token and model.global_pool == 'token':
+        wanted['global_pool'] = 'map' if any(key.startswith('attn_pool.') for key in state_dict) else 'avg'
+    raise ValueError(
+        f'The checkpoint does not fit, nothing was loaded; it has {"a" if has_class_token else "no"} class token, '
+        f'{num_registers or "no"} register tokens{"" if embedded else " and no entries of pos_embed for them"}. '
+        f'Create the model with {", ".join(f"{name}={value!r}" for name, value in wanted.items())}.'
+    )
 
 
 def position_embedding_grid(num_tokens: int, declared: Grid | None, target: Grid) -> Grid:
