@@ -13,6 +13,14 @@ from timm_sape2.__main__ import main
 from timm_sape2.commands import COMMANDS
 
 
+@pytest.mark.parametrize('command', [['predict'], ['validate'], ['hub', 'push'], ['visualize']])
+def test_help_says_which_checkpoint_the_folder_of_a_run_means(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, '--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert 'its last checkpoint' in text or 'the last checkpoint is taken' in text
+
+
 def test_it_is_the_command_timm_sape2():
     (command,) = entry_points(group='console_scripts', name='timm-sape2')
     assert command.load() is main

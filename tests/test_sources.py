@@ -97,6 +97,22 @@ class TestCheckpoint:
         assert f'{path} has a moving average of the weights, which is taken' in caplog.text
         assert fingerprint(open_model(str(path), ema=False).model) == fingerprint(model)
 
+    @pytest.mark.parametrize(
+        ('names', 'taken'),
+        [
+            (['ape', 'bee', 'cat'], ['ape', 'bee', 'cat']),
+            (None, None),
+            (['ape', 'bee'], None),
+            ([1, 2, 3], None),
+            ('abc', None),
+            (['ape', 'bee', '\x1b[2J'], None),
+        ],
+    )
+    def test_names_of_the_classes(self, checkpoint, names, taken):
+        path, _ = checkpoint()
+        torch.save({**torch.load(path, weights_only=False), 'class_names': names}, path)
+        assert open_model(str(path)).class_names == taken
+
     def test_bare_weights_need_the_name_of_the_model(self, tmp_path):
         model = timm.create_model('test_vit_sape2', num_classes=7)
         save_file(model.state_dict(), tmp_path / 'weights.safetensors')

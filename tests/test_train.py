@@ -1,6 +1,7 @@
 """The training script from the outside: what it learns, writes, refuses, and how processes work together."""
 
 import csv
+import itertools
 import multiprocessing
 import os
 import shlex
@@ -15,9 +16,12 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from timm.models import load_checkpoint
 
 import train
+from timm_sape2.__main__ import main
+from timm_sape2.sources import open_model
 from timm_sape2.training import digits, loop
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.checkpoint_files import read_checkpoint
@@ -124,6 +128,35 @@ def test_args_yaml_repeats_the_run(run_folder, tmp_path):
     assert train.main(argv) == 0
     weights = [read_checkpoint(tmp_path / name / 'last.pth.tar')['state_dict'] for name in ('run', 'again')]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_names_of_the_classes_are_kept(tmp_path, capsys):
+    """In the checkpoint and the folder of the run, wherever the data is afterwards."""
+    data, photo = tmp_path / 'data', tmp_path / 'photo.png'
+    Image.radial_gradient('L').convert('RGB').save(photo)
+    for split, name, index in itertools.product(('train', 'validation'), ('cat', 'dog'), range(4)):
+        (data / split / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, data / split / name / f'{index}.png')
+    flags = shlex.split('--model test_vit_sape2 --img-size 32 --num-classes 2 --epochs 1 --batch-size 8 --workers 0')
+    argv = [*flags, '--data-dir', str(data), '--device', 'cpu', '--output', str(tmp_path), '--experiment', 'run']
+    assert train.main(argv) == 0
+    shutil.rmtree(data)
+    run = tmp_path / 'run'
+    assert (run / 'class_names.txt').read_text() == 'cat\ndog\n'
+    for name in ('last', 'model_best'):
+        assert open_model(str(run / f'{name}.pth.tar')).class_names == ['cat', 'dog']
+    capsys.readouterr()
+    main(['predict', str(run), str(photo), '--device', 'cpu'])
+    assert {word for word in capsys.readouterr().out.split() if word in ('cat', 'dog')} == {'cat', 'dog'}
+    push = ['hub', 'push', str(run), '--to', 'owner/vit', '--dry-run', '--folder', str(tmp_path / 'package')]
+    main(push)
+    assert '--class-names' not in capsys.readouterr().out
+    assert open_model(str(tmp_path / 'package')).class_names == ['cat', 'dog']
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    del checkpoint['class_names']
+    torch.save(checkpoint, run / 'last.pth.tar')
+    main(push)
+    assert '--class-names FILE gives them' in capsys.readouterr().out
 
 
 def test_many_flags_together(run_folder):

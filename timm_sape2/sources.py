@@ -50,7 +50,7 @@ class TrainedModel:
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes, None if the configuration has none."""
+        """Names of the classes, from the checkpoint or the configuration; None if they have none."""
         names = self.model.pretrained_cfg.get('label_names')
         return list(names) if names is not None and len(names) == self.model.num_classes else None
 
@@ -136,6 +136,7 @@ def _open_checkpoint(
     kwargs = {'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}), **model_kwargs}
     try:
         description = _description(name, {**args, **kwargs}, state_dict)
+        description['label_names'] = _class_names(checkpoint.get('class_names'))
         if img_size is not None:
             kwargs['img_size'] = img_size
         if (model_name or model_kwargs) and is_model(args.get('model') or ''):
@@ -153,6 +154,12 @@ def _open_checkpoint(
         training.pop('metric', None)  # it is that of the moving average
     weights = 'moving average of the weights' if entry in AVERAGES else 'weights'
     return TrainedModel(model, weights, training, run=path.parent)
+
+
+def _class_names(names: Any) -> list[str] | None:
+    """Return the names that a checkpoint says its classes have, None for what could not be names."""
+    are_names = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
+    return names if are_names else None
 
 
 def _check_encoding(args: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> None:

@@ -47,6 +47,13 @@ def test_json(folder, image, tmp_path, capsys):
     assert sum(entry['probability'] for entry in prediction['classes']) == pytest.approx(1, abs=1e-5)
 
 
+def test_classes_without_names(image, tmp_path, caplog, capsys):
+    timm.models.save_for_hf(timm.create_model('test_vit_sape2', num_classes=3), tmp_path, safe_serialization=True)
+    predict(tmp_path, image)
+    assert 'class ' in capsys.readouterr().out
+    assert f'{tmp_path} has no names of its classes, so they are numbered' in caplog.text
+
+
 def test_contact_sheet(folder, image, tmp_path):
     predict(folder, image.parent / '*.png', '--contact-sheet', tmp_path / 'sheet.png')
     with Image.open(tmp_path / 'sheet.png') as sheet:

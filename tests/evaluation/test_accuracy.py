@@ -92,6 +92,9 @@ def test_the_classes_must_be_those_of_the_model(caplog):
         return measure_accuracy(TrainedModel(Answers(LOGITS, names)), data, workers=0)['top1']
 
     assert measure(['a', 'b', 'c'], ['a', 'b', 'c']) == 60.0
+    assert not caplog.records
+    assert measure(['a', 'b', 'c']) == 60.0
+    assert 'The model has no names of its classes: those of the data must be in the order of training' in caplog.text
     with pytest.raises(ValueError, match='the data has 2 classes, the model 3'):
         measure(['a', 'b'])
     with pytest.raises(ValueError, match='the data has the classes of the model in another order'):

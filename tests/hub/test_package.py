@@ -113,18 +113,23 @@ def test_the_recipe_of_a_run_before_as_the_recipe(trained, tmp_path):
 
 def test_classes_and_recipe_of_the_digits(tmp_path):
     model = timm.create_model('vit_compact_sape2_patch4_32', img_size=16).eval()
+    model.pretrained_cfg['label_names'] = list('0123456789')
     args = {'dataset': 'digits', 'num_classes': 10, 'model': 'vit_compact_sape2_patch4_32', 'val_split': 'validation'}
     write_package(tmp_path, TrainedModel(model, training={'args': args, 'epoch': 1, 'metric': 9.5}), 'owner/vit.digits')
     assert open_model(str(tmp_path)).class_names == list('0123456789')
     assert 'It was trained on the handwritten digits of scikit-learn.' in (tmp_path / 'README.md').read_text()
 
 
-def test_classes_of_a_folder_that_is_still_there(trained, tmp_path):
+def test_classes_have_the_names_that_they_had_in_training(checkpoint, tmp_path):
+    """Not those of a folder that lies where the data of training lay."""
+    content = torch.load(checkpoint, weights_only=False)
+    content['args'].data_dir = str(tmp_path / 'data')
     for name in ('b10', 'b9', 'a', 'c', 'd'):
         (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
-    args = {'data_dir': str(tmp_path / 'data'), 'train_split': 'train', 'num_classes': 5}
-    write_package(tmp_path / 'out', TrainedModel(trained.model, training={'args': args}), 'owner/vit')
-    assert open_model(str(tmp_path / 'out')).class_names == ['a', 'b9', 'b10', 'c', 'd']
+    for names in (None, ['rose', 'tulip', 'lily', 'iris', 'poppy']):
+        torch.save(content | {'class_names': names}, tmp_path / 'last.pth.tar')
+        write_package(tmp_path / 'out', open_model(str(tmp_path / 'last.pth.tar')), 'owner/vit')
+        assert open_model(str(tmp_path / 'out')).class_names == names
 
 
 def test_flags_of_another_script_are_no_recipe(trained, tmp_path):

@@ -67,6 +67,7 @@ class TestArrives:
             == f"""\
 Packed the moving average of the weights of {checkpoint}; they load and give the same logits.
 The card gives them the license apache-2.0; --license NAME changes that.
+Its classes have no names, as the checkpoint has none; --class-names FILE gives them.
 Pushed: {hub.url}/{REPO}/commit/{sha}
 Load it, after `import timm, timm_sape2`:
   timm.create_model('hf-hub:{REPO}', pretrained=True)

@@ -44,8 +44,9 @@ def add_push(commands: Commands) -> None:
         help='publish a checkpoint',
         description="""\
 Publish a checkpoint: its weights alone, as safetensors, with configuration,
-recipe and model card. Before anything is sent, the model is loaded again from
-what will be sent, and must give the same logits.""",
+recipe and model card. Of the folder of a run the last checkpoint is taken; name
+model_best.pth.tar in it for the best one. Before anything is sent, the model is
+loaded again from what will be sent, and must give the same logits.""",
         epilog="""\
 examples:
   timm-sape2 hub push model_best.pth.tar --to OWNER/NAME --dry-run
@@ -90,9 +91,12 @@ def push(arguments: argparse.Namespace) -> None:
         kept = Path('output', 'hub', repo_id.partition('/')[2]) if arguments.dry_run else Path(temporary)
         folder = arguments.folder or kept
         write_package(folder, trained, repo_id, arguments.license, arguments.metrics, arguments.recipe, names)
-        license = read_config(folder / 'config.json')['pretrained_cfg'].get('license')
+        config = read_config(folder / 'config.json')
+        license = config['pretrained_cfg'].get('license')
         print(f'Packed the {trained.weights} of {arguments.checkpoint}; they load and give the same logits.')
         print(f'The card gives them the license {license}; --license NAME changes that.')
+        if not config.get('label_names'):
+            print('Its classes have no names, as the checkpoint has none; --class-names FILE gives them.')
         if arguments.dry_run:
             print(f'Nothing was sent. The folder is {folder}, its card {folder / "README.md"}')
             return

@@ -1,6 +1,7 @@
 """The command `timm-sape2 predict`."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from ..evaluation.prediction import check_contact_sheet, class_label, contact_sheet, find_images, predict
@@ -11,6 +12,8 @@ from .model_arguments import add_model_arguments, open_named_model
 from .parser import Commands
 from .validate import write_json
 
+_logger = logging.getLogger(__name__)
+
 
 def add_predict(commands: Commands) -> None:
     """Add `predict`."""
@@ -19,8 +22,8 @@ def add_predict(commands: Commands) -> None:
         help='classify images',
         description="""\
 Classify images with a trained model. SOURCE is a checkpoint of train.py, the
-folder of a run, a folder with config.json, or OWNER/NAME on the Hugging Face
-Hub.""",
+folder of a run (its last checkpoint, not model_best.pth.tar), a folder with
+config.json, or OWNER/NAME on the Hugging Face Hub.""",
         epilog="""\
 examples:
   timm-sape2 predict OWNER/NAME cat.jpg dog.jpg
@@ -45,6 +48,8 @@ def run_predict(arguments: argparse.Namespace) -> None:
     if arguments.contact_sheet:
         check_contact_sheet(len(paths))
     trained = open_named_model(arguments, arguments.source)
+    if trained.class_names is None:
+        _logger.warning(f'{arguments.source} has no names of its classes, so they are numbered')
     predictions = list(predict(trained, paths, arguments.top_k, arguments.batch_size, device))
     if arguments.json != '-':
         for prediction in predictions:

@@ -21,8 +21,9 @@ def add_validate(commands: Commands) -> None:
         help='measure the accuracy of a trained model',
         description="""\
 Measure the accuracy of a trained model on a data set. SOURCE is a checkpoint of
-train.py, the folder of a run, a folder with config.json, or OWNER/NAME on the
-Hugging Face Hub. The numbers are those of timm's validate.py.""",
+train.py, the folder of a run (its last checkpoint, not model_best.pth.tar), a
+folder with config.json, or OWNER/NAME on the Hugging Face Hub. The numbers are
+those of timm's validate.py.""",
         epilog="""\
 examples:
   timm-sape2 validate output/train/NAME/model_best.pth.tar --data-dir DIR

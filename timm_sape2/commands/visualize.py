@@ -46,8 +46,9 @@ examples:
       --checkpoint model.safetensors --head all
 
 A checkpoint of train.py or a folder with config.json says which model it is of
-and how its images are prepared. With other weights, --model does. Without
-weights the model is untrained, and the maps mean nothing.""",
+and how its images are prepared. The folder of a run means its last checkpoint.
+With other weights, --model does. Without weights the model is untrained, and
+the maps mean nothing.""",
     )
     add = parser.add_argument
     add('images', nargs='+', metavar='IMAGE', help='files of images')

@@ -106,6 +106,8 @@ def check_classes(trained: TrainedModel, dataset: Any) -> None:
     if count is not None and count != trained.model.num_classes:
         raise ValueError(f'the data has {count} classes, the model {trained.model.num_classes}')
     of_data, of_model = class_names(dataset), trained.class_names
+    if of_model is None and of_data is not None:
+        _logger.warning('The model has no names of its classes: those of the data must be in the order of training')
     if of_data is None or of_model is None or of_data == of_model:
         return
     if sorted(of_data) == sorted(of_model):

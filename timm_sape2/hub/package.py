@@ -10,13 +10,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from timm.utils import natural_key
 
 from .._compat import save_config_for_hf
 from ..models.vit import PositionVisionTransformer
 from ..sources import TrainedModel, fingerprint, open_model
 from ..training.arguments import build_parser
-from ..training.digits import Digits
 from ..training.recipe import recipe_arguments
 from ..training.record import training_history
 from .card import METRICS, read_metrics, write_card
@@ -51,7 +49,7 @@ def write_package(
         metrics: What `timm-sape2 validate --json` wrote for it, by default what its checkpoint or folder says.
         recipe: Its recipe, by default what its checkpoint or folder says. A pretrain.yaml beside it is the recipe of
             the run before, whose weights it starts from.
-        class_names: Names of its classes, by default what its configuration or its training data say.
+        class_names: Names of its classes, by default what its checkpoint or configuration says.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -63,7 +61,7 @@ def write_package(
         raise ValueError(f'{folder} is where the model comes from: choose another folder')
     measured = _find_metrics(trained, metrics)
     recipes = _find_recipes(trained, recipe)
-    names = class_names or trained.class_names or _names_of_training(trained.training.get('args', {}))
+    names = class_names or trained.class_names
     if names and len(names) != trained.model.num_classes:
         raise ValueError(f'{len(names)} names for the {trained.model.num_classes} classes of the model')
     probe = make_probe(trained)
@@ -174,17 +172,6 @@ def _find_recipes(trained: TrainedModel, path: Path | None) -> dict[str, str]:
         if key in defaults and key not in PRIVATE and value != defaults[key]
     }
     return {'train.yaml': yaml.safe_dump(changed, sort_keys=False)}
-
-
-def _names_of_training(args: Mapping[str, Any]) -> list[str] | None:
-    """Return the classes of the data of a run, if they are still there to be asked."""
-    if args.get('dataset') == 'digits':
-        return list(Digits.classes)
-    folder = Path(args.get('data_dir') or '', args.get('train_split') or 'train')
-    if args.get('dataset') or not args.get('data_dir') or not folder.is_dir():
-        return None
-    names = sorted((path.name for path in folder.iterdir() if path.is_dir()), key=natural_key)
-    return names if len(names) == args.get('num_classes') else None
 
 
 def _check_package(folder: Path, trained: TrainedModel) -> None:

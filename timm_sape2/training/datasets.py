@@ -115,7 +115,9 @@ def _open(args: argparse.Namespace, split: str, image_mode: str) -> Dataset:
 def class_names(dataset: Any) -> list[str] | None:
     """Return the names of the classes in their order, or None where a data set does not tell."""
     classes = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or getattr(dataset, 'classes', None)
-    return None if classes is None else list(classes)
+    if classes is None:
+        return None
+    return [name if isinstance(name, str) else ', '.join(name) for name in classes]  # torchvision's ImageNet: synonyms
 
 
 def _check_classes(train: Dataset, validation: Dataset) -> None:

@@ -94,6 +94,7 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
 
     loss = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixup is not None)
     task = ResumableTask(model, criterion_kwargs=loss, device=device, verbose=False)
+    task.class_names = datasets.class_names(train_set)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     optimizer = create_optimizer(args, model)
@@ -137,6 +138,7 @@ def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> ut
             validation_images=len(cast(Sized, run.val_loader.dataset)),
         )
     run_folder.write_arguments(run.folder, recipe)
+    run_folder.write_class_names(run.folder, run.task.class_names)
     run_folder.begin_summary(run.folder, run.start.epoch)
     saver = utils.CheckpointSaver(
         model=run.task.get_trainable_module(),

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,6 +75,13 @@ def write_arguments(folder: Path, arguments: Mapping[str, object]) -> None:
     """Write args.yaml, which is a recipe of the run."""
     with atomic_write(folder / 'args.yaml') as path:
         path.write_text(yaml.safe_dump(dict(arguments), default_flow_style=False))
+
+
+def write_class_names(folder: Path, names: Sequence[str] | None) -> None:
+    """Write class_names.txt, one name a line, if the data has names; `hub push --class-names` takes such a file."""
+    if names is not None:
+        with atomic_write(folder / 'class_names.txt') as path:
+            path.write_text(''.join(f'{" ".join(name.split())}\n' for name in names), encoding='utf-8')
 
 
 def begin_summary(folder: Path, epoch: int) -> None:

@@ -54,9 +54,10 @@ class ResumePoint:
 
 
 class ResumableTask(ClassificationTask):
-    """`ClassificationTask` that adds `resume_point` to the checkpoints of timm's saver."""
+    """`ClassificationTask` that adds `resume_point` and `class_names` to the checkpoints of timm's saver."""
 
     resume_point: ResumePoint | None = None
+    class_names: Sequence[str] | None = None
 
     def evaluated_module(self, ema: bool = False) -> Any:
         """Return the model, or the moving average of its weights, ready for validation."""
@@ -68,4 +69,6 @@ class ResumableTask(ClassificationTask):
         state = super().get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         if self.resume_point is not None and not ema:
             state['resume_point'] = vars(self.resume_point)
+        if self.class_names is not None and not ema:
+            state['class_names'] = list(self.class_names)
         return state
