@@ -123,7 +123,7 @@ Verify it:
         push(checkpoint, '--to', REPO, '--dry-run')
         assert hub.log == []
         folder = 'output/hub/vit_tiny.test'
-        assert capsys.readouterr().out.splitlines()[2] == (
+        assert capsys.readouterr().out.splitlines()[-1] == (
             f'Nothing was sent. The folder is {folder}, its card {folder}/README.md'
         )
         timm.create_model(f'local-dir:{folder}', pretrained=True)
