@@ -21,10 +21,10 @@ from timm.models import load_checkpoint
 
 import train
 from timm_sape2.__main__ import main
-from timm_sape2.sources import open_model
+from timm_sape2.trained.checkpoint import read_checkpoint
+from timm_sape2.trained.opening import open_model
 from timm_sape2.training import digits, loop
 from timm_sape2.training.arguments import parse_arguments
-from timm_sape2.training.checkpoint_files import read_checkpoint
 from timm_sape2.training.interrupt import SignalCatcher
 from timm_sape2.training.record import read_record
 

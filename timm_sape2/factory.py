@@ -9,8 +9,8 @@ import timm
 from huggingface_hub import hf_hub_download
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 
-from .hub.config import load_config
-from .hub.errors import explained
+from .trained.config import load_config
+from .trained.errors import explained
 
 
 def create_model(model_name: str, pretrained: bool = False, *args: Any, **kwargs: Any) -> Any:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from timm_sape2.__main__ import main
 from timm_sape2.commands import visualize
 from timm_sape2.hub.package import write_package
-from timm_sape2.sources import open_model
 from timm_sape2.studies.bias_maps import attention_biases, draw_bias_maps
+from timm_sape2.trained.opening import open_model
 
 MODEL = 'vit_compact_pos_sape2_patch4_32'
 

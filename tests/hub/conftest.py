@@ -17,7 +17,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 import timm_sape2
 from timm_sape2.hub.package import write_package
-from timm_sape2.sources import open_model
+from timm_sape2.trained.opening import open_model
 
 _spec = importlib.util.spec_from_file_location('hub_server', Path(__file__).with_name('server.py'))
 server = importlib.util.module_from_spec(_spec)

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 import timm_sape2
-from timm_sape2.sources import fingerprint
+from timm_sape2.trained.opening import fingerprint
 
 SIGN_IN = 'sign in with `hf auth login` or set HF_TOKEN'
 
@@ -41,7 +41,7 @@ class TestLoads:
         hub.stop()
         code = """
             import timm, timm_sape2
-            from timm_sape2.sources import fingerprint
+            from timm_sape2.trained.opening import fingerprint
             print(fingerprint(timm.create_model('hf-hub:owner/vit', pretrained=True)))
         """
         assert fresh_process(code, HF_HUB_OFFLINE='1') == fingerprint(package_model)

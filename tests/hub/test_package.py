@@ -10,7 +10,7 @@ import yaml
 
 from timm_sape2.hub.files import FILES
 from timm_sape2.hub.package import write_package
-from timm_sape2.sources import TrainedModel, open_model
+from timm_sape2.trained.opening import TrainedModel, open_model
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.record import add_to_record, begin_record
 from timm_sape2.training.run_folder import write_arguments

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from timm_sape2.hub.probe import TOLERANCE, highest_logits, largest_difference, make_probe, probe_logits
-from timm_sape2.sources import TrainedModel
+from timm_sape2.trained.opening import TrainedModel
 
 
 def test_by_hand():

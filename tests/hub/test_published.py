@@ -12,8 +12,8 @@ from timm.models import get_pretrained_cfg
 
 import timm_sape2
 from timm_sape2.hub.card import RECIPES, make_card
-from timm_sape2.hub.config import check_config
 from timm_sape2.hub.package import write_config
+from timm_sape2.trained.config import check_config
 from timm_sape2.training import loaders
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.model import build_model, create_optimizer

@@ -9,7 +9,7 @@ import torch
 import timm_sape2  # noqa: F401  registers the models
 from timm_sape2.hub.card import read_metrics
 from timm_sape2.hub.verify import check_logits
-from timm_sape2.sources import fingerprint
+from timm_sape2.trained.opening import fingerprint
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / 'hub_configs' / 'vit_compact_sape2_patch4_32.cifar10'

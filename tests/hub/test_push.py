@@ -12,7 +12,7 @@ from safetensors.torch import save_file as save_file_of_safetensors
 from timm_sape2.__main__ import main
 from timm_sape2.hub import package as package_module
 from timm_sape2.hub.push import push_folder
-from timm_sape2.sources import open_model
+from timm_sape2.trained.opening import open_model
 
 REPO = 'owner/vit_tiny.test'
 SIGN_IN = 'sign in with `hf auth login` or set HF_TOKEN'

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from timm_sape2.studies.trained import evaluate, open_runs
-from timm_sape2.training.checkpoint_files import read_checkpoint
+from timm_sape2.trained.checkpoint import read_checkpoint
 
 
 @pytest.fixture

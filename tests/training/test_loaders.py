@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from timm_sape2.trained.checkpoint import ResumePoint
 from timm_sape2.training.arguments import parse_arguments
 from timm_sape2.training.digits import Digits
 from timm_sape2.training.loaders import (
@@ -15,7 +16,6 @@ from timm_sape2.training.loaders import (
     epoch_batches,
     resolve_data,
 )
-from timm_sape2.training.task import ResumePoint
 
 CPU = torch.device('cpu')
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from timm_sape2.trained.checkpoint import ResumePoint
 from timm_sape2.training.progress import EpochProgress
-from timm_sape2.training.task import ResumePoint
 
 
 class Terminal(io.StringIO):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import multiprocessing
 import os
 import shlex
@@ -12,11 +13,10 @@ import pytest
 import torch
 
 import train
+from timm_sape2.trained.checkpoint import ResumePoint, read_checkpoint
 from timm_sape2.training import loop
-from timm_sape2.training.checkpoint_files import read_checkpoint
 from timm_sape2.training.record import read_record
-from timm_sape2.training.resume import check_same_run, find_checkpoint
-from timm_sape2.training.task import ResumePoint
+from timm_sape2.training.resume import check_same_run, find_checkpoint, newest_checkpoint
 
 # Everything random that train.py has, and 5 batches an epoch, which do not come out even with updates of 2.
 FLAGS = shlex.split("""
@@ -24,14 +24,6 @@ FLAGS = shlex.split("""
     --lr 0.01 --warmup-epochs 1 --clip-grad 1 --drop 0.1 --drop-path 0.2 --mixup 0.8 --cutmix 1 --reprob 0.5
     --aa rand-m9-mstd0.5-inc1 --model-ema --model-ema-decay 0.9 --checkpoint-hist 2 --device cpu --resume auto
 """)
-
-
-def test_resume_points_are_ordered():
-    """A checkpoint at the end of epoch 3 goes on with epoch 4, and so is after one in the middle of epoch 3."""
-    end_of_epoch_3 = ResumePoint.of_checkpoint({'epoch': 3, 'optimizer': {}})
-    assert end_of_epoch_3 == ResumePoint(epoch=4, num_batches=0)
-    assert end_of_epoch_3.is_after(ResumePoint(epoch=3, num_batches=70))
-    assert ResumePoint(epoch=4, num_batches=1).is_after(end_of_epoch_3)
 
 
 @pytest.fixture(scope='module')
@@ -256,6 +248,24 @@ def test_another_batch_size_is_refused_in_the_middle_of_an_epoch(checkpoint):
     torch.save(state, path)
     with pytest.raises(ValueError, match='batch_size 16 instead of 8'):
         check_same_run(path, argparse.Namespace(batch_size=8))
+
+
+def save_state(path, **state):
+    torch.save({'optimizer': {}, 'weights': torch.ones(3000), **state}, path)
+
+
+def test_newest_is_furthest_in_training(tmp_path, caplog):
+    assert newest_checkpoint(tmp_path / 'missing') == (None, ResumePoint())
+    save_state(tmp_path / 'model_best.pth.tar', epoch=2)
+    save_state(tmp_path / 'checkpoint-10.pth.tar', epoch=10)
+    save_state(tmp_path / 'recovery-11-300.pth.tar', epoch=11, resume_point=vars(ResumePoint(11, num_batches=300)))
+    save_state(tmp_path / 'tmp.pth.tar', epoch=11)
+    assert newest_checkpoint(tmp_path) == (tmp_path / 'tmp.pth.tar', ResumePoint(12))
+    os.truncate(tmp_path / 'tmp.pth.tar', 5000)
+    with caplog.at_level(logging.WARNING):
+        newest, point = newest_checkpoint(tmp_path)
+    assert (newest.name, point.epoch, point.num_batches) == ('recovery-11-300.pth.tar', 11, 300)
+    assert 'Skipping' in caplog.text and 'tmp.pth.tar is truncated' in caplog.text
 
 
 def test_find_checkpoint(checkpoint, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from timm_sape2.training.task import ResumableTask, ResumePoint
+from timm_sape2.trained.checkpoint import ResumePoint
+from timm_sape2.training.task import ResumableTask
 
 
 def test_mean_loss_of_an_epoch():

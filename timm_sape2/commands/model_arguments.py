@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..sources import TrainedModel, open_model
+from ..trained.opening import TrainedModel, open_model
 from ..training.arguments import KeyValues, positive_int
 
 

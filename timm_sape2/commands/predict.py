@@ -4,7 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from ..evaluation.prediction import check_contact_sheet, class_label, contact_sheet, find_images, predict
+from ..trained.prediction import check_contact_sheet, class_label, contact_sheet, find_images, predict
 from ..training.arguments import positive_int
 from ..training.hardware import device_name
 from ..training.run_folder import atomic_write

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.accuracy import measure_accuracy
+from ..trained.accuracy import measure_accuracy
 from ..training import run_folder
 from ..training.arguments import FLAG, positive_int, whole_number
 from ..training.datasets import open_split

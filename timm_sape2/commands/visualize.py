@@ -13,9 +13,9 @@ from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
-from ..sources import TrainedModel
 from ..studies.bias_maps import DPI, BiasMap, attention_biases, blocks_with_bias, draw_bias_maps, trained_blocks
 from ..studies.runner import check_matplotlib
+from ..trained.opening import TrainedModel
 from ..training.arguments import parse_arguments, whole_number
 from ..training.model import build_model
 from ..training.processes import set_up_logging

@@ -10,9 +10,9 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
+from ..trained.config import PLUGIN, check_config, read_config
 from ..training.recipe import read_recipe
 from ..training.run_folder import atomic_write
-from .config import PLUGIN, check_config, read_config
 from .probe import PROBE
 
 PAPER = 'https://arxiv.org/abs/2505.09466'

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from .._compat import save_config_for_hf
 from ..models.vit import PositionVisionTransformer
-from ..sources import TrainedModel, fingerprint, open_model
+from ..trained.config import PLUGIN, check_config, read_config
+from ..trained.opening import TrainedModel, fingerprint, open_model
 from ..training.arguments import build_parser
 from ..training.recipe import recipe_arguments
 from ..training.record import training_history
 from .card import METRICS, read_metrics, write_card
-from .config import PLUGIN, check_config, read_config
 from .files import FILES
 from .probe import PROBE, highest_logits, make_probe, probe_logits
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from ..sources import TrainedModel
+from ..trained.opening import TrainedModel
 
 PROBE = 'probe.png'
 TOLERANCE = 1e-3  # of the largest logit: other machines and versions of torch round in another way

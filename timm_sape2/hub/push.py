@@ -5,8 +5,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ..trained.errors import SIGN_IN, explained
 from ..version import __version__
-from .errors import SIGN_IN, explained
 from .files import FILES, compare_files, hub_api
 
 STALE = 'pytorch_model.bin'

@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
 
-from ..sources import open_model
-from .errors import explained
+from ..trained.errors import explained
+from ..trained.opening import open_model
 from .files import FILES, compare_files, hub_api, split_revision
 from .probe import PROBE, TOLERANCE, largest_difference, probe_logits
 

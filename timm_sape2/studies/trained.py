@@ -13,10 +13,10 @@ from timm.task import ClassificationTask, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..sources import LAST
+from ..trained.checkpoint import read_checkpoint
+from ..trained.opening import LAST
 from ..training import datasets, hardware, loaders
 from ..training.arguments import parse_arguments
-from ..training.checkpoint_files import read_checkpoint
 from ..training.model import build_model
 from .report import encoding_place
 from .study import Unit

@@ -12,8 +12,8 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..trained.checkpoint import ResumePoint
 from .randomness import seed_epoch, set_random_state
-from .task import ResumePoint
 
 
 def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:

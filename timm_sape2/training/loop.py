@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from . import checkpoint_files, datasets, hardware, loaders, resume, run_folder
+from ..trained.checkpoint import ResumePoint
+from . import datasets, hardware, loaders, resume, run_folder
 from .curves import draw_curves
 from .interrupt import SignalCatcher
 from .model import build_model, create_optimizer
 from .processes import all_random_states, any_process, mean_loss_and_stop
 from .progress import EpochProgress
 from .record import add_to_record, begin_record, read_record
-from .task import ResumableTask, ResumePoint
+from .task import ResumableTask
 
 _logger = logging.getLogger(__name__)
 
@@ -287,5 +288,5 @@ def stop(run: Run, point: ResumePoint, signals: SignalCatcher) -> NoReturn:
 def check_finite(run: Run, loss: float, where: str) -> None:
     """Raise a FloatingPointError, before the weights are touched, if training has diverged."""
     if not math.isfinite(loss):
-        good = checkpoint_files.newest_checkpoint(run.folder)[0] or 'none'
+        good = resume.newest_checkpoint(run.folder)[0] or 'none'
         raise FloatingPointError(f'the loss is {loss} {where}; last good checkpoint: {good}; try a lower --lr')

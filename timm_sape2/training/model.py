@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from torch import nn
 from torch.optim import Optimizer
 
-from .checkpoint_files import read_checkpoint
+from ..trained.checkpoint import read_checkpoint
 
 
 def build_model(args: argparse.Namespace, with_weights: bool = True) -> Any:

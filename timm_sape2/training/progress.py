@@ -8,7 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from .task import ResumePoint
+from ..trained.checkpoint import ResumePoint
 
 _logger = logging.getLogger(__name__)
 

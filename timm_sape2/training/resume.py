@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,33 @@ import torch
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler
 
-from .checkpoint_files import newest_checkpoint, read_checkpoint
-from .task import ResumableTask, ResumePoint
+from ..trained.checkpoint import ResumePoint, read_checkpoint
+from .task import ResumableTask
+
+_logger = logging.getLogger(__name__)
 
 # A checkpoint continues only a run that agrees in these. They go by the names of their flags.
 MODEL = ('model', 'model_kwargs', 'num_classes', 'input_size')
 OPTIMIZER = ('opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay')
 BATCHES = ('batch_size', 'grad_accum_steps', 'world_size')
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, ResumePoint]:
+    """Return the checkpoint of a run that is furthest in training, and where it goes on.
+
+    A run that was killed leaves some of `last`, `model_best`, `checkpoint-EPOCH`, `recovery-EPOCH-BATCH` and temporary
+    files behind, and the file it was writing may be cut off. All are considered; those cut off are skipped.
+    """
+    newest, newest_point = None, ResumePoint()
+    for path in sorted(folder.glob('*.pth.tar')):
+        try:
+            point = ResumePoint.of_checkpoint(read_checkpoint(path, mmap=True))
+        except ValueError as error:
+            _logger.warning(f'Skipping {path}: {error}')
+            continue
+        if newest is None or point.is_after(newest_point):
+            newest, newest_point = path, point
+    return newest, newest_point
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from timm_sape2.hub.errors import explain, explained
+from timm_sape2.trained.errors import explain, explained
 
 
 @pytest.mark.parametrize('error', [KeyError('a'), TypeError('b'), ValueError('c'), OSError('d'), RuntimeError('e')])

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import version
-from ..sources import TrainedModel, fingerprint
 from ..training.datasets import class_names, count_classes
+from .opening import TrainedModel, fingerprint
 
 _logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import timm
 import torch
 from PIL import Image
 
-from timm_sape2.evaluation.prediction import class_label, contact_sheet, find_images, predict
-from timm_sape2.sources import TrainedModel
+from timm_sape2.trained.opening import TrainedModel
+from timm_sape2.trained.prediction import class_label, contact_sheet, find_images, predict
 
 
 @pytest.fixture(scope='module')

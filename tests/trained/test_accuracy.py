@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from timm_sape2.evaluation.accuracy import binomial_interval, measure_accuracy
-from timm_sape2.sources import TrainedModel, fingerprint
+from timm_sape2.trained.accuracy import binomial_interval, measure_accuracy
+from timm_sape2.trained.opening import TrainedModel, fingerprint
 from timm_sape2.training.digits import Digits
 
 

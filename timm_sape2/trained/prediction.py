@@ -13,7 +13,7 @@ from timm.data import create_transform
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from ..sources import TrainedModel
+from .opening import TrainedModel
 
 TILE = 160  # pixels, side of an image on the contact sheet
 LINE = 15  # pixels, height of a line of text

@@ -1,15 +1,13 @@
-"""A checkpoint file is read whole and safely, or refused; the newest good one of a run is found."""
+"""A checkpoint file is read whole and safely, or refused."""
 
 import argparse
-import logging
 import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from timm_sape2.training.checkpoint_files import newest_checkpoint, read_checkpoint
-from timm_sape2.training.task import ResumePoint
+from timm_sape2.trained.checkpoint import ResumePoint, read_checkpoint
 
 
 def save(path, **state):
@@ -63,15 +61,9 @@ def test_other_contents(tmp_path):
             read_checkpoint(path)
 
 
-def test_newest_is_furthest_in_training(tmp_path, caplog):
-    assert newest_checkpoint(tmp_path / 'missing') == (None, ResumePoint())
-    save(tmp_path / 'model_best.pth.tar', epoch=2)
-    save(tmp_path / 'checkpoint-10.pth.tar', epoch=10)
-    save(tmp_path / 'recovery-11-300.pth.tar', epoch=11, resume_point=vars(ResumePoint(11, num_batches=300)))
-    save(tmp_path / 'tmp.pth.tar', epoch=11)
-    assert newest_checkpoint(tmp_path) == (tmp_path / 'tmp.pth.tar', ResumePoint(12))
-    os.truncate(tmp_path / 'tmp.pth.tar', 5000)
-    with caplog.at_level(logging.WARNING):
-        newest, point = newest_checkpoint(tmp_path)
-    assert (newest.name, point.epoch, point.num_batches) == ('recovery-11-300.pth.tar', 11, 300)
-    assert 'Skipping' in caplog.text and 'tmp.pth.tar is truncated' in caplog.text
+def test_resume_points_are_ordered():
+    """A checkpoint at the end of epoch 3 goes on with epoch 4, and so is after one in the middle of epoch 3."""
+    end_of_epoch_3 = ResumePoint.of_checkpoint({'epoch': 3, 'optimizer': {}})
+    assert end_of_epoch_3 == ResumePoint(epoch=4, num_batches=0)
+    assert end_of_epoch_3.is_after(ResumePoint(epoch=3, num_batches=70))
+    assert ResumePoint(epoch=4, num_batches=1).is_after(end_of_epoch_3)

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import timm
 
-from timm_sape2.hub.config import check_config, is_ours, load_config, read_config
+from timm_sape2.trained.config import check_config, is_ours, load_config, read_config
+
+
+@pytest.fixture(scope='module')
+def package(tmp_path_factory):
+    """Folder of a model with 5 classes on images of 32x48, as timm saves it."""
+    folder = tmp_path_factory.mktemp('package')
+    sizes = dict(img_size=(32, 48), patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    timm.models.save_for_hf(
+        timm.create_model('test_vit_sape2', num_classes=5, **sizes), folder, safe_serialization=True
+    )
+    return folder
 
 
 @pytest.fixture

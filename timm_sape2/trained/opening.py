@@ -15,10 +15,10 @@ from timm.data import resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import clean_state_dict, get_model_input_config, get_pretrained_cfg, is_model, parse_model_name
 
-from .factory import create_model
-from .models.convert import checkpoint_filter_fn
-from .models.vit import PositionVisionTransformer
-from .training.checkpoint_files import read_checkpoint
+from ..factory import create_model
+from ..models.convert import checkpoint_filter_fn
+from ..models.vit import PositionVisionTransformer
+from .checkpoint import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from timm_sape2.sources import fingerprint, open_model
+from timm_sape2.trained.opening import fingerprint, open_model
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Opening, measuring and using what was trained."""
