@@ -65,7 +65,7 @@ def _distances(points, own, other, count, SIZE: tl.constexpr, BLOCK: tl.constexp
         right = _load_rows(points, other, count, SIZE, SIZE, BLOCK)
         norms = tl.sum(left * left, 1)[:, None] + tl.sum(right * right, 1)[None, :]
         squares = norms - 2.0 * _dot(left, tl.trans(right), PRECISION)
-        squares = tl.where(squares <= ROUNDING * norms, 0.0, squares)  # false for NaN, which must spread
+        squares = tl.where(squares <= norms * ROUNDING, 0.0, squares)  # false for NaN, which must spread
     is_pair = is_own[:, None] & is_other[None, :] & (own[:, None] != other[None, :])
     return tl.sqrt(tl.where(is_pair, squares, 0.0))
 
