@@ -33,8 +33,8 @@ def test_without_signatures_the_reference_is_plain_attention(inputs):
 
 
 @pytest.mark.parametrize('name', ['cpu', 'cpu, recompute', 'triton'])
-def test_all_compute_the_same(inputs, name, triton_device):
-    device = triton_device if name == 'triton' else CPU
+def test_all_compute_the_same(inputs, name, request):
+    device = request.getfixturevalue('triton_device') if name == 'triton' else CPU
     inputs = type(inputs)(*(x.to(device) for x in inputs))
     torch.testing.assert_close(
         attentions()[name](inputs, GRID), reference_attention(inputs, GRID), rtol=1e-3, atol=1e-4

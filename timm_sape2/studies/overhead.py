@@ -186,9 +186,8 @@ What gives wrong numbers is not measured: the study stops."""
                     check_fused(name, model, images, TOLERANCE[self.args.amp])
         rows: dict[str, Row] = {name: {'encoding': name} for name in models}
         self.add_ratios(rows, 'parameters', {name: count_parameters(model) for name, model in models.items()})
-        meta = {name: self.create(name, setting, torch.device('meta')).eval() for name in models}
         size = (images.shape[1], images.shape[2], images.shape[3])
-        self.add_ratios(rows, 'flops', {name: count_flops(model, size) for name, model in meta.items()})
+        self.add_ratios(rows, 'flops', {name: count_flops(model, size) for name, model in models.items()})
         for phase, make_step in (('inference', inference_step), ('training', training_step)):
             steps = {name: make_step(model, images, autocast) for name, model in measured.items()}
             seconds = seconds_in_turns(steps, self.rounds, images.device, f'{setting} {phase}')
@@ -222,9 +221,9 @@ What an encoding costs in {self.model} relative to `{self.baseline}`, whose own 
 Times are taken in turns, {self.rounds} of every encoding: the median, and the quartiles, of the ratios to the turn of \
 `{self.baseline}` in the same round. A training step is forward, loss, backward and AdamW. Memory is what PyTorch \
 allocates at the peak of a step, beyond the weights and the state of the optimizer, and with the buffers that SaPE2 \
-keeps between steps. FLOPs are those of one image in inference that `torch.utils.flop_counter` counts, 2 for a \
-multiply-accumulate: matrix products, attention and convolutions, without element-wise work, gathers and the distances \
-of SaPE2, which is counted as the reference computes it.
+keeps between steps. FLOPs are those of one image in inference, 2 for a multiply-accumulate: matrix products, \
+attention included, and convolutions, without element-wise work, gathers and the distances of SaPE2, which is counted \
+as its reference computes it.
 
 """ + '\n\n'.join(sections)
 
