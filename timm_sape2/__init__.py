@@ -1,6 +1,5 @@
 """SaPE2 and other position encodings for timm's vision transformers. Importing registers the models with timm."""
 
 from . import models as models
-from .factory import create_model as create_model
 from .models import PositionVisionTransformer as PositionVisionTransformer
 from .version import __version__ as __version__

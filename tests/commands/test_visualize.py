@@ -199,7 +199,7 @@ def test_warnings(photo, run_folder, tmp_path, caplog):
         ),
         (
             """--model-kwargs position_args={'sape2':{'target':'q'}}""",
-            '{run} was trained with position_args={}, not with those given',
+            f"{{run}}/last.pth.tar does not load as {MODEL}: it was trained with sape2 target='k', not 'q'",
         ),
     ],
 )

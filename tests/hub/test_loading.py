@@ -1,4 +1,4 @@
-"""Loading from the Hub with `timm.create_model` and with ours: what works, and what each error says."""
+"""Loading from the Hub with `timm.create_model` and with `open_model`: what works, and what each error says."""
 
 import json
 from contextlib import suppress
@@ -9,8 +9,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-import timm_sape2
-from timm_sape2.trained.opening import fingerprint
+from timm_sape2.trained.opening import fingerprint, open_model
 
 SIGN_IN = 'sign in with `hf auth login` or set HF_TOKEN'
 
@@ -24,20 +23,26 @@ def published(hub, package):
 
 def error(name, **kwargs):
     with pytest.raises(ValueError) as raised:
-        timm_sape2.create_model(name, pretrained=True, **kwargs)
+        open_model(name, **kwargs)
     assert 'hf_' not in str(raised.value)
     return str(raised.value)
 
 
 class TestLoads:
-    @pytest.mark.parametrize('create_model', [timm.create_model, timm_sape2.create_model])
-    def test_with_timm_and_with_ours(self, published, package_model, create_model):
-        model = create_model('hf-hub:owner/vit', pretrained=True).eval()
+    @pytest.mark.parametrize('by', ['timm', 'open_model', 'open_model without prefix', 'open_model to train'])
+    def test_with_timm_and_with_ours(self, published, package_model, by):
+        if by == 'timm':
+            model = timm.create_model('hf-hub:owner/vit', pretrained=True).eval()
+        elif by == 'open_model to train':
+            kwargs = json.loads((published / 'config.json').read_text())['model_args']
+            model = open_model('owner/vit', 'test_vit_sape2', kwargs, to_train=True).model.eval()
+        else:
+            model = open_model('owner/vit' if 'without' in by else 'hf-hub:owner/vit').model
         images = torch.randn(2, 3, 32, 48)
         assert torch.equal(model(images), package_model(images))
 
     def test_offline_from_the_cache_in_a_fresh_process(self, hub, published, package_model, fresh_process):
-        timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+        open_model('hf-hub:owner/vit')
         hub.stop()
         code = """
             import timm, timm_sape2
@@ -49,7 +54,7 @@ class TestLoads:
     @pytest.mark.parametrize('source', ['hf-hub:owner/vit', 'local-dir:{package}'])
     def test_other_size_classes_and_channels_at_once(self, published, package_model, source):
         source = source.format(package=published)
-        model = timm_sape2.create_model(source, pretrained=True, img_size=(56, 40), num_classes=3, in_chans=1).eval()
+        model = timm.create_model(source, pretrained=True, img_size=(56, 40), num_classes=3, in_chans=1).eval()
         assert model(torch.randn(2, 1, 56, 40)).shape == (2, 3)
         trained = package_model.state_dict()
         for name, tensor in model.state_dict().items():
@@ -62,27 +67,27 @@ class TestLoads:
     def test_a_revision(self, hub, published, package_model):
         first = hub.repos['owner/vit'].refs['main']
         hub.put('owner/vit', {'config.json': b'{}'})
-        model = timm_sape2.create_model(f'hf-hub:owner/vit@{first}', pretrained=True)
+        model = open_model(f'hf-hub:owner/vit@{first}').model
         assert fingerprint(model) == fingerprint(package_model)
 
     def test_a_private_repository_with_its_token(self, hub, published):
         hub.repos['owner/vit'].private = True
-        timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+        open_model('hf-hub:owner/vit')
 
     def test_warm_cache_and_the_server_gone(self, hub, published, package_model, no_waiting):
-        timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+        open_model('hf-hub:owner/vit')
         hub.stop()
-        model = timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+        model = open_model('hf-hub:owner/vit').model
         assert fingerprint(model) == fingerprint(package_model)
 
     def test_range_resume_after_a_cut_connection(self, hub, published, package_model, no_waiting, monkeypatch):
         monkeypatch.setattr(constants, 'DOWNLOAD_CHUNK_SIZE', 4096)
-        timm_sape2.create_model('hf-hub:owner/vit')
+        timm.create_model('hf-hub:owner/vit')
         hub.log.clear()
         hub.cuts = 1
         with suppress(ValueError):  # older clients go on in the next call, newer ones at once
-            timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
-        model = timm_sape2.create_model('hf-hub:owner/vit', pretrained=True)
+            open_model('hf-hub:owner/vit')
+        model = open_model('hf-hub:owner/vit').model
         assert fingerprint(model) == fingerprint(package_model)
         ranges = [wanted for method, path, status, wanted in hub.log if path.startswith('/_cdn/')]
         assert ranges[0] is None and int(ranges[1].removeprefix('bytes=').removesuffix('-')) > 0
@@ -128,7 +133,7 @@ class TestErrors:
         assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {message}'
 
     def test_connection_that_is_always_cut(self, hub, published, no_waiting):
-        timm_sape2.create_model('hf-hub:owner/vit')
+        timm.create_model('hf-hub:owner/vit')
         hub.cuts = 1000
         message = f'the connection to {hub.url} broke off; try again, what has arrived is kept'
         assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {message}'
@@ -138,7 +143,7 @@ class TestErrors:
         assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: not in the cache, and {hub.url} cannot be reached'
 
     def test_a_file_that_is_too_short(self, hub, published, no_waiting):
-        timm_sape2.create_model('hf-hub:owner/vit')
+        timm.create_model('hf-hub:owner/vit')
         hub.tamper = lambda path, data: data[: len(data) // 2]
         assert error('hf-hub:owner/vit') == 'hf-hub:owner/vit: the Hub sent a file that is too short; try again'
 
@@ -156,7 +161,8 @@ class TestErrors:
         self.change_config(hub, published, architecture='vit_small_pos_learned')
         tables = [f'blocks.{block}.attn.position.sape2.{axis}_table' for block in (0, 1) for axis in ('column', 'row')]
         reason = f'The checkpoint does not fit, nothing was loaded; unexpected keys: {", ".join(tables)}.'
-        assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {reason}'
+        loading = 'hf-hub:owner/vit does not load as vit_small_pos_learned'
+        assert error('hf-hub:owner/vit') == f'{loading}: {reason}'
 
     def test_configuration_that_contradicts_itself(self, hub, published):
         self.change_config(hub, published, num_classes=7)
@@ -166,16 +172,19 @@ class TestErrors:
     def test_weights_of_another_size(self, hub, published, package_model):
         other = timm.create_model('test_vit_sape2', num_classes=5)
         hub.put('owner/vit', {'model.safetensors': save(other.state_dict())})
-        assert error('hf-hub:owner/vit').startswith('hf-hub:owner/vit: The checkpoint does not fit, nothing was loaded')
+        loading = 'hf-hub:owner/vit does not load as test_vit_sape2'
+        assert error('hf-hub:owner/vit').startswith(f'{loading}: The checkpoint does not fit, nothing was loaded')
 
     def test_architecture_of_a_package_that_is_not_imported(self, hub, published):
         self.change_config(hub, published, architecture='vit_of_others', plugin='other_package')
-        expected = "unknown architecture 'vit_of_others': `import other_package` before creating it"
+        expected = "unknown architecture 'vit_of_others': import the package that registers it first"
         assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: {expected}'
 
     def test_unknown_model_args(self, hub, published):
         self.change_config(hub, published, model_args={'depht': 3})
-        assert error('hf-hub:owner/vit') == "hf-hub:owner/vit: config.json: model_args: unknown 'depht'"
+        message = error('hf-hub:owner/vit')
+        assert message.startswith('hf-hub:owner/vit: config.json: model_args do not build test_vit_sape2: ')
+        assert "'depht'" in message
 
     def test_another_source_of_weights(self, hub, published):
         self.change_config(hub, published, pretrained_cfg={'file': '/etc/passwd'})

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from timm.models import get_pretrained_cfg
 
-import timm_sape2
 from timm_sape2.hub.card import RECIPES, make_card
 from timm_sape2.hub.package import write_config
 from timm_sape2.trained.config import check_config
@@ -59,11 +58,11 @@ def test_all_are_there(folder):
 
 def test_it_loads_as_it_stands(folder):
     config = config_of(folder)
-    for create_model in (timm.create_model, timm_sape2.create_model):
-        model = create_model(f'local-dir:{folder}', pretrained=False, device='meta')
-        assert model.pretrained_cfg['architecture'] == config['architecture'] == folder.name.partition('.')[0]
-        assert model.pretrained_cfg['tag'] == folder.name.partition('.')[2]
-        assert (model.num_classes, model.num_features) == (config['num_classes'], config['num_features'])
+    check_config(config)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=False, device='meta')
+    assert model.pretrained_cfg['architecture'] == config['architecture'] == folder.name.partition('.')[0]
+    assert model.pretrained_cfg['tag'] == folder.name.partition('.')[2]
+    assert (model.num_classes, model.num_features) == (config['num_classes'], config['num_features'])
 
 
 def test_it_is_what_the_registry_says(folder):
@@ -79,16 +78,18 @@ def test_it_is_what_the_registry_says(folder):
     assert not timm.models.get_pretrained_cfg(config['architecture']).has_weights
 
 
-def test_timm_ignores_no_key(folder):
-    """timm drops unknown keys at the top, and no other key may be without an effect; `plugin` is for people."""
+def test_no_key_is_without_an_effect(folder, caplog):
+    """timm drops unknown keys at the top; `plugin` is for people."""
     config = config_of(folder)
     check_config(config)
-    for place in (config, config['model_args'], config['pretrained_cfg']):
+    assert config['plugin'] == 'timm_sape2' and not caplog.records
+    for place in (config, config['pretrained_cfg']):
         place['surprise'] = 1
-        with pytest.raises(ValueError, match="unknown 'surprise'"):
-            check_config(config)
-        del place['surprise']
-    assert config['plugin'] == 'timm_sape2'
+        check_config(config)
+        assert caplog.messages[-1].endswith("'surprise' not known here, left out")
+    config['model_args']['surprise'] = 1
+    with pytest.raises(ValueError, match="unexpected keyword argument 'surprise'"):
+        check_config(config)
 
 
 def test_it_is_exactly_what_the_model_of_the_recipe_exports(folder, tmp_path):

@@ -87,7 +87,9 @@ def test_a_byte_that_flips_on_the_way(published, tmp_path):
 
 def test_a_configuration_that_is_refused(published, tmp_path):
     published.put('owner/vit', {'config.json': b'{"architecture": "test_vit_sape2", "auto_map": "x.py"}'})
-    assert error('owner/vit', tmp_path / 'vit') == "owner/vit: config.json: unknown 'auto_map'"
+    assert error('owner/vit', tmp_path / 'vit') == (
+        "owner/vit: config.json: no 'num_classes', 'num_features', 'model_args', 'pretrained_cfg'"
+    )
 
 
 def test_work_of_the_user_is_not_overwritten(published, package, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from timm_sape2.studies.trained import evaluate, open_runs
+from timm_sape2.studies.trained import open_runs
+from timm_sape2.trained.accuracy import evaluate
 from timm_sape2.trained.checkpoint import read_checkpoint
 
 
@@ -66,7 +67,7 @@ def test_initial_model_is_not_the_trained_one(run, compared):
 def test_accuracy_at_the_size_of_training_is_that_of_training(run):
     device, autocast = run.set_up_device()
     model = run.model_at(run.img_size)
-    metrics = evaluate(model, run.validation_loader(model, run.img_size, device), autocast)
+    metrics = evaluate(model, run.validation_loader(model, run.img_size, device), device, autocast)
     assert metrics['top1'] == pytest.approx(read_checkpoint(run.checkpoint)['metric'])
 
 
@@ -78,7 +79,7 @@ def test_flags_replace_what_it_was_trained_with(compared):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--model-kwargs', 'position=rope'], "was trained with position 'nope', not 'rope'"),
+        (['--model-kwargs', 'position=rope'], "was trained with position='nope', not 'rope'"),
         (['--model', 'vit_small_sape2'], "was trained with model 'test_vit_sape2', not 'vit_small_sape2'"),
         (['--sizes', '3'], 'unrecognized arguments: --sizes 3'),
     ],

@@ -40,7 +40,6 @@ def test_what_the_package_writes_is_accepted(config):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'auto_map': 'modeling.py'}, "config.json: unknown 'auto_map'"),
         ({'architecture': 'resnet18'}, "config.json: timm_sape2 has no architecture 'resnet18'"),
         ({'architecture': '../vit'}, "config.json: timm_sape2 has no architecture '../vit'"),
         ({'num_classes': '5'}, "config.json: 'num_classes' must be int, not '5'"),
@@ -59,6 +58,18 @@ def test_what_the_package_writes_is_accepted(config):
 )
 def test_wrong_keys_and_values(config, changes, message):
     assert refusal({**config, **changes}) == message
+
+
+def test_keys_of_a_newer_timm_are_left_out_with_a_warning(config, caplog):
+    check_config({**config, 'auto_map': 'modeling.py', 'pretrained_cfg': {**config['pretrained_cfg'], 'resize': 'fit'}})
+    assert "config.json: 'auto_map' not known here, left out" in caplog.text
+    assert "config.json: pretrained_cfg: 'resize' not known here, left out" in caplog.text
+
+
+def test_model_args_name_no_other_source(config):
+    for value in ('hf-hub:somebody/vit', 'local-dir:/home/somebody'):
+        config['model_args']['act_layer'] = value
+        assert refusal(config) == "config.json: model_args: 'act_layer' must be no source of models"
 
 
 @pytest.mark.parametrize('key', ['architecture', 'num_classes', 'num_features', 'model_args', 'pretrained_cfg'])
@@ -90,7 +101,7 @@ def test_another_source_of_weights(config, key, value):
     'key',
     [
         *('pretrained_cfg_overlay', 'pretrained_cfg', 'pretrained_strict', 'pretrained_filter_fn', 'checkpoint_path'),
-        *('cache_dir', 'features_only', 'block_fn', 'attn_layer', 'device', 'depht'),
+        *('cache_dir', 'features_only', 'block_fn', 'attn_layer', 'device'),
     ],
 )
 def test_model_args_that_are_no_options_of_the_model(config, key):
@@ -106,6 +117,7 @@ def test_model_args_that_are_no_options_of_the_model(config, key):
         ({'position_args': {'sape2': {'tagret': 'q'}}}, "Unknown option 'tagret'"),
         ({'img_size': [33, 48]}, 'is not divisible by patch_size (8, 8)'),
         ({'num_heads': 5}, 'num_heads'),
+        ({'depht': 3}, "unexpected keyword argument 'depht'"),
     ],
 )
 def test_model_args_that_build_nothing(config, arguments, reason):

@@ -55,6 +55,17 @@ def test_pretrained_path(num_classes, keeps_head, tmp_path):
     assert not torch.equal(model.pos_embed, source.pos_embed), 'the same number of tokens, but another grid'
 
 
+@pytest.mark.parametrize('flag', ['--pretrained-path', '--initial-checkpoint'])
+def test_weights_of_another_encoding(flag, tmp_path):
+    """Rotary and no encoding have the same weights: only the record of the run tells them apart."""
+    path = tmp_path / 'weights.pth'
+    args = arguments('--model-kwargs', 'position=rope')
+    torch.save({'state_dict': build_model(args).state_dict(), 'args': args}, path)
+    with pytest.raises(ValueError, match="it was trained with position='rope', not 'nope'"):
+        build_model(arguments(flag, str(path), '--model-kwargs', 'position=nope'))
+    assert build_model(arguments(flag, str(path), '--model-kwargs', 'position=rope')).position_name == 'rope'
+
+
 def test_optimizer():
     model = build_model(arguments())
     args = arguments('--opt', 'lamb', '--lr', '0.3', '--opt-betas', '0.8', '0.9', '--opt-eps', '1e-3')

@@ -5,6 +5,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import train
-from timm_sape2.trained.checkpoint import ResumePoint, read_checkpoint
+from timm_sape2.trained.checkpoint import Checkpoint, ResumePoint, read_checkpoint
 from timm_sape2.training import loop
 from timm_sape2.training.record import read_record
 from timm_sape2.training.resume import check_same_run, find_checkpoint, newest_checkpoint
@@ -237,9 +238,48 @@ def checkpoint(tmp_path):
 def test_another_run_is_refused_by_what_differs(trained_with, message, checkpoint):
     now = dict(model='test_vit_sape2', model_kwargs={'depth': 2}, num_classes=2, input_size=(3, 32, 32))
     now.update(weight_decay=0.05, batch_size=8, lr=0.1)
-    check_same_run(checkpoint(**dict(now, lr=0.2, batch_size=16, input_size=[3, 32, 32])), argparse.Namespace(**now))
+    same = checkpoint(**dict(now, lr=0.2, batch_size=16, input_size=[3, 32, 32]))
+    check_same_run(Checkpoint.read(same), argparse.Namespace(**now))
     with pytest.raises(ValueError, match=message):
-        check_same_run(checkpoint(**dict(now, **trained_with)), argparse.Namespace(**now))
+        check_same_run(Checkpoint.read(checkpoint(**dict(now, **trained_with))), argparse.Namespace(**now))
+
+
+@pytest.mark.parametrize(
+    ('was', 'wanted', 'is_same'),
+    [
+        ({'position': 'learned+sape2'}, {'position': 'sape2+learned'}, True),
+        ({}, {'position': 'sape2+learned'}, True),
+        ({'position_args': {'sape2': {'target': 'k'}}}, {}, True),
+        ({'position_args': {'sape2': {'recompute': True}}}, {}, True),
+        ({'position_args': {'sape2': {'target': 'q'}}}, {}, False),
+        ({'position': 'rope'}, {'position': 'nope'}, False),
+        ({'position': 'learned'}, {'position': 'learned+sape2'}, False),
+        ({'position': 'learned', 'depth': 2}, {'position': 'learned'}, False),
+    ],
+)
+def test_encodings_are_compared_by_what_they_compute(was, wanted, is_same, checkpoint):
+    path = checkpoint(model='test_vit_sape2', model_kwargs=was)
+    args = argparse.Namespace(model='test_vit_sape2', model_kwargs=wanted)
+    if is_same:
+        check_same_run(Checkpoint.read(path), args)
+        return
+    with pytest.raises(ValueError, match=re.escape(f'trained with model_kwargs {was} instead of {wanted}')):
+        check_same_run(Checkpoint.read(path), args)
+
+
+def test_other_flags_are_listed(checkpoint, caplog):
+    """What they change is named; where the run is and how it is watched is not."""
+    was = dict(lr=0.1, epochs=10, batch_size=8, output='a', log_interval=5, workers=4, mean=(0.5,), seed=1)
+    path = checkpoint(**was)
+    with caplog.at_level('INFO'):
+        now = dict(was, output='b', log_interval=7, workers=2, mean=[0.5], new_flag=3)
+        check_same_run(Checkpoint.read(path), argparse.Namespace(**now))
+        assert not caplog.records
+        check_same_run(Checkpoint.read(path), argparse.Namespace(**dict(now, lr=0.2, epochs=20)))
+    assert caplog.messages == [
+        'Resumed with other flags, so that the run is another from here on: '
+        'before lr 0.1 instead of 0.2, epochs 10 instead of 20'
+    ]
 
 
 def test_another_batch_size_is_refused_in_the_middle_of_an_epoch(checkpoint):
@@ -247,7 +287,7 @@ def test_another_batch_size_is_refused_in_the_middle_of_an_epoch(checkpoint):
     state = dict(read_checkpoint(path), resume_point=vars(ResumePoint(epoch=1, num_batches=2)))
     torch.save(state, path)
     with pytest.raises(ValueError, match='batch_size 16 instead of 8'):
-        check_same_run(path, argparse.Namespace(batch_size=8))
+        check_same_run(Checkpoint.read(path), argparse.Namespace(batch_size=8))
 
 
 def save_state(path, **state):
@@ -273,10 +313,10 @@ def test_find_checkpoint(checkpoint, tmp_path):
     assert find_checkpoint('', run) is None
     assert find_checkpoint('auto', run) is None
     elsewhere = checkpoint('elsewhere', epoch=9)
-    assert find_checkpoint(str(elsewhere), run) == elsewhere
+    assert find_checkpoint(str(elsewhere), run).path == elsewhere
     older, newest = checkpoint('checkpoint-2', 2, 'run'), checkpoint('last', 3, 'run')
-    assert find_checkpoint('auto', run) == newest
-    assert find_checkpoint(str(newest), run) == newest
+    assert find_checkpoint('auto', run).path == newest
+    assert find_checkpoint(str(newest), run).path == newest
     for resume in ('', str(older), str(elsewhere)):
         with pytest.raises(ValueError, match='holds a run that got as far as last'):
             find_checkpoint(resume, run)

@@ -16,11 +16,10 @@ from tqdm import tqdm
 from ..studies.bias_maps import DPI, BiasMap, attention_biases, blocks_with_bias, draw_bias_maps, trained_blocks
 from ..studies.runner import check_matplotlib
 from ..trained.opening import TrainedModel
-from ..training.arguments import parse_arguments, whole_number
-from ..training.model import build_model
+from ..training.arguments import whole_number
 from ..training.processes import set_up_logging
 from ..training.run_folder import atomic_write, check_writable
-from .model_arguments import add_model_arguments, open_named_model
+from .model_arguments import add_model_arguments, create_named_model, open_named_model
 from .parser import Commands
 
 _logger = logging.getLogger(__name__)
@@ -131,22 +130,15 @@ def named_model(arguments: argparse.Namespace) -> TrainedModel:
 
     Raises:
         OSError: If there is no such checkpoint.
-        ValueError: If no model is named, it does not load, or was trained with other options of its encoding.
+        ValueError: If no model is named, or it does not load.
     """
     source = arguments.checkpoint
     if source is None and arguments.model is None:
         raise ValueError('which model? Give --checkpoint PATH, or --model NAME for an untrained one')
     if source is None:
         _logger.warning('The model is untrained, so the maps mean nothing; --checkpoint gives it weights')
-        args = parse_arguments(['--img-size', *map(str, arguments.img_size)] if arguments.img_size else [])
-        args.model, args.model_kwargs = arguments.model, arguments.model_kwargs
-        return TrainedModel(build_model(args).eval())
-    trained = open_named_model(arguments, source)
-    run, asked = trained.training.get('args') or {}, arguments.model_kwargs.get('position_args')
-    was = (run.get('model_kwargs') or {}).get('position_args') or {}
-    if 'model' in run and asked is not None and asked != was:
-        raise ValueError(f'{source} was trained with position_args={was}, not with those given')
-    return trained
+        return create_named_model(arguments)
+    return open_named_model(arguments, source)
 
 
 def chosen_blocks(blocks: Sequence[int] | None, model: Any) -> list[int]:

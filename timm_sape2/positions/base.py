@@ -38,6 +38,10 @@ class PositionEncoding(nn.Module):
     has_learned_embedding = False
     """The model keeps timm's own learned `pos_embed`, and adds, resamples and stores it as timm does."""
 
+    options_after_training: tuple[str, ...] = ()
+    """Options that trained weights may be used with whatever they were in training: on the grid of training they change
+    no result."""
+
     bias_has_prefix_tokens = False
     """`attention_bias` covers the prefix tokens too, (..., P + N, P + N) instead of (..., N, N)."""
 

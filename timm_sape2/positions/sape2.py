@@ -50,6 +50,8 @@ class SaPE2(PositionEncoding):
         ValueError: An option is not one of those listed, or `num_positions` is below 2.
     """
 
+    options_after_training = ('distance_scale', 'recompute')
+
     target: Final[str]
     scale: Final[float]
     semantic: Final[bool]

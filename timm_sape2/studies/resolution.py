@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..trained.accuracy import evaluate
 from ..training.arguments import positive_float
 from .report import encoding_place, grouped, markdown_table, mean_and_deviation, new_figure, plus_minus
 from .runner import unit_names
 from .study import Row, Study, Unit
-from .trained import TrainedRun, evaluate, open_runs
+from .trained import TrainedRun, open_runs
 from .training_grid import check_model, train_run
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ settings of distance_scale. The two columns are never mixed."""
             return [{**unit, 'top1': row['top1'], 'loss': row['eval_loss']}]
         device, autocast = run.set_up_device()
         model = run.model_at(size, model_kwargs(run, unit)).to(device)
-        metrics = evaluate(model, run.validation_loader(model, size, device), autocast)
+        metrics = evaluate(model, run.validation_loader(model, size, device), device, autocast)
+        assert metrics is not None
         return [{**unit, 'top1': metrics['top1'], 'loss': metrics['loss']}]
 
     def report(self, rows: list[Row]) -> str:

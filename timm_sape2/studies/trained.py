@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..trained.checkpoint import read_checkpoint
-from ..trained.opening import LAST
+from ..trained.checkpoint import Checkpoint
+from ..trained.encodings import check_encodings, encodings_of
+from ..trained.opening import LAST, open_model
 from ..training import datasets, hardware, loaders
 from ..training.arguments import parse_arguments
 from ..training.model import build_model
@@ -58,7 +58,8 @@ class TrainedRun:
 
     def model_at(self, img_size: tuple[int, int], model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
         """Return its model at a size, in evaluation mode."""
-        return build_model(self.arguments_at(img_size, model_kwargs)).eval()
+        arguments = {**self.args.model_kwargs, **(model_kwargs or {})}
+        return open_model(str(self.checkpoint), self.args.model, arguments, img_size).model
 
     def initial_model(self) -> nn.Module:
         """Return its model as it was before training."""
@@ -104,20 +105,6 @@ def open_runs(paths: Sequence[str], flags: Sequence[str]) -> list[TrainedRun]:
     return sorted((_open(path, flags) for path in found), key=_order)
 
 
-def evaluate(model: nn.Module, loader: DataLoader, autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
-    """Return top-1 and top-5 accuracy in percent, and the loss."""
-    device = next(model.parameters()).device
-    evaluator = ClassificationTask(model, device=device, verbose=False).create_evaluator(
-        max_samples=evaluation_sample_limit(loader)
-    )
-    with torch.inference_mode():
-        for images, targets in loader:
-            with autocast():
-                output = model(images.to(device))
-            evaluator.update(output, targets.to(device))
-    return evaluator.compute(distributed=False)
-
-
 def _order(run: TrainedRun) -> tuple:
     return encoding_place(run.factors['encoding']), run.factors['layer_scale'] != 'off', run.factors['seed']
 
@@ -128,15 +115,16 @@ def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
     missing = [str(file) for file in (checkpoint, recipe) if not file.is_file()]
     if missing:
         raise ValueError(f'{path} is no run of train.py: there is no {" and no ".join(missing)}')
-    trained_with = read_checkpoint(checkpoint, mmap=True).get('args')
-    if trained_with is None:
+    trained = Checkpoint.read(checkpoint, mmap=True)
+    if not trained.args:
         raise ValueError(f'{checkpoint} does not say what it was trained with; a checkpoint of train.py does')
     args = parse_arguments(['-c', str(recipe), *flags])
-    for name, asked, was in (
-        ('model', args.model, trained_with.model),
-        ('position', *(arguments.model_kwargs.get('position') for arguments in (args, trained_with))),
-    ):
-        if asked != was:
-            raise ValueError(f'{checkpoint} was trained with {name} {was!r}, not {asked!r}')
-    args.num_classes, img_size = trained_with.num_classes, tuple(trained_with.input_size[1:])
-    return TrainedRun(args, checkpoint, img_size, check_model(args, {}).position_name)
+    if args.model != trained.model_name:
+        raise ValueError(f'{checkpoint} was trained with model {trained.model_name!r}, not {args.model!r}')
+    model = check_model(args, {})
+    try:
+        check_encodings(trained.encodings(), encodings_of(model))
+    except ValueError as error:
+        raise ValueError(f'{checkpoint}: {error}') from error
+    args.num_classes, img_size = trained.args['num_classes'], tuple(trained.args['input_size'][1:])
+    return TrainedRun(args, checkpoint, img_size, model.position_name)

@@ -2,14 +2,17 @@
 
 import logging
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from statistics import NormalDist
 from typing import Any
 
 import timm
 import torch
 from timm.data import create_loader
-from timm.utils import AverageMeter, accuracy
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import version
@@ -20,6 +23,36 @@ _logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device | str = 'cpu',
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    distributed: bool = False,
+    after_batch: Callable[[ClassificationEvaluator], object] = lambda totals: None,
+) -> dict[str, float] | None:
+    """Return top-1 and top-5 accuracy in percent, and the mean cross-entropy, computed as timm does.
+
+    Args:
+        model: The model, on the device and in evaluation mode.
+        loader: Batches of images with the indices of their classes; padding of a distributed sampler does not count.
+        device: Where to compute.
+        autocast: Context of the forward pass.
+        distributed: Add up what all processes counted.
+        after_batch: Called after each batch with the running totals. If it returns a true value, evaluation stops and
+            the result is None.
+    """
+    totals = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
+    with closing(batch for batch in loader) as batches:  # closing it ends the processes of the loader, come what may
+        for images, targets in batches:
+            with autocast():
+                output = model(images.to(device))
+            totals.update(output, targets.to(device))
+            if after_batch(totals):
+                return None
+    return totals.compute(distributed=distributed)
+
+
 def measure_accuracy(
     trained: TrainedModel,
     dataset: Any,
@@ -58,27 +91,21 @@ def measure_accuracy(
         crop_mode=data_config['crop_mode'],
         device=torch.device(device),
     )
-    loss, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
     with tqdm(total=len(dataset), desc='Validating', unit=' images', leave=False, dynamic_ncols=True) as bar:
-        for images, targets in loader:
-            images, targets = images.to(device), targets.to(device)
-            logits = model(images)
-            correct1, correct5 = accuracy(logits, targets, topk=(1, 5))
-            for meter, value in (
-                (loss, nn.functional.cross_entropy(logits, targets)),
-                (top1, correct1),
-                (top5, correct5),
-            ):
-                meter.update(value.item(), len(targets))
-            bar.update(len(targets))
-            bar.set_postfix_str(f'top-1 {top1.avg:.2f} %', refresh=False)
+
+        def show(totals: ClassificationEvaluator) -> None:
+            bar.set_postfix_str(f'top-1 {totals.summary()["top1"]:.2f} %', refresh=False)
+            bar.update(totals.num_samples - bar.n)
+
+        measured = evaluate(model, loader, device, after_batch=show)
+    assert measured is not None
     return {
-        'top1': round(top1.avg, 4),
-        'top5': round(top5.avg, 4),
-        'loss': round(loss.avg, 6),
-        'num_images': top1.count,
+        'top1': round(measured['top1'], 4),
+        'top5': round(measured['top5'], 4),
+        'loss': round(measured['loss'], 6),
+        'num_images': len(dataset),
         'input_size': list(data_config['input_size']),
-        'top1_interval': binomial_interval(top1.avg, top1.count),
+        'top1_interval': binomial_interval(measured['top1'], len(dataset)),
         'fingerprint': fingerprint(model),
         'versions': {'timm_sape2': version.__version__, 'timm': timm.__version__, 'torch': torch.__version__},
     }

@@ -3,16 +3,20 @@
 import dataclasses
 import inspect
 import json
+import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import PretrainedCfg, is_model, is_model_in_modules
-from timm.models.vision_transformer import VisionTransformer
-
-from ..models.vit import PositionVisionTransformer
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_model_input_config,
+    is_model,
+    is_model_in_modules,
+)
 
 PLUGIN = 'timm_sape2'
 REQUIRED = {'architecture': str, 'num_classes': int, 'num_features': int, 'model_args': dict, 'pretrained_cfg': dict}
@@ -20,15 +24,16 @@ OPTIONAL = {'global_pool': str, 'label_names': list, 'label_descriptions': dict,
 WEIGHT_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 PRETRAINED_CFG = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(WEIGHT_SOURCES) | {'custom_load'}
 PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
+# Arguments of timm's factory, which say where weights come from and what is built around the model, and of the model
+# those that are code or belong to the machine.
 NOT_FROM_A_FILE = {
-    *('self', 'kwargs', 'device', 'dtype'),
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    *('features_only', 'out_indices', 'feature_cls', 'pruned', 'device', 'dtype'),
     *('pos_embed', 'embed_layer', 'block_fn', 'attn_layer', 'mlp_layer'),
-}
-MODEL_ARGS = {
-    name
-    for model_class in (PositionVisionTransformer, VisionTransformer)
-    for name in inspect.signature(model_class.__init__).parameters
-} - NOT_FROM_A_FILE
+} - {'kwargs'}
+
+_logger = logging.getLogger(__name__)
 
 
 def is_ours(architecture: str) -> bool:
@@ -75,8 +80,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def check_config(config: dict[str, Any]) -> None:
     """Refuse a config.json of a model of this package that says more, or other things, than how to build the model.
 
-    timm ignores some keys that it does not know and stumbles over others. Here each key must have an effect, weights
-    come from the file beside config.json alone, and the arguments must build a model that agrees with the rest.
+    Weights come from the file beside config.json alone, and the arguments must be those of the model and build one that
+    agrees with the rest. Other keys that are not known are left out with a warning: a newer timm may write them.
 
     Args:
         config: The content of config.json.
@@ -91,18 +96,27 @@ def check_config(config: dict[str, Any]) -> None:
     if not is_ours(config['architecture']):
         raise ValueError(f'config.json: {PLUGIN} has no architecture {config["architecture"]!r}')
     _check_pretrained_cfg(config['pretrained_cfg'])
-    _check_keys('config.json: model_args', config['model_args'], MODEL_ARGS)
+    _check_model_args(config['model_args'])
     _check_labels(config)
     _check_built_model(config)
 
 
-def _check_keys(where: str, mapping: dict[str, Any], known: Iterable[str], required: Iterable[str] = ()) -> None:
-    unknown = sorted(set(mapping) - set(known))
-    if unknown:
-        raise ValueError(f'{where}: unknown {", ".join(map(repr, unknown))}')
+def _check_keys(where: str, mapping: dict[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
     missing = [key for key in required if key not in mapping]
     if missing:
         raise ValueError(f'{where}: no {", ".join(map(repr, missing))}')
+    unknown = sorted(set(mapping) - set(known))
+    if unknown:
+        _logger.warning(f'{where}: {", ".join(map(repr, unknown))} not known here, left out')
+
+
+def _check_model_args(model_args: dict[str, Any]) -> None:
+    refused = sorted(NOT_FROM_A_FILE & set(model_args))
+    if refused:
+        raise ValueError(f'config.json: model_args: unknown {", ".join(map(repr, refused))}')
+    elsewhere = [key for key, value in model_args.items() if isinstance(value, str) and ':' in value]
+    if elsewhere:
+        raise ValueError(f'config.json: model_args: {", ".join(map(repr, elsewhere))} must be no source of models')
 
 
 def _check_pretrained_cfg(cfg: dict[str, Any]) -> None:
@@ -147,7 +161,7 @@ def _check_built_model(config: dict[str, Any]) -> None:
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f'config.json: model_args do not build {config["architecture"]}: {error}') from error
     built = {key: getattr(model, key) for key in ('num_classes', 'num_features', 'global_pool')}
-    built['input_size'] = [model.in_chans, *model.patch_embed.img_size]
+    built['input_size'] = list(get_model_input_config(model)['input_size'])
     said = dict(config, input_size=config['pretrained_cfg'].get('input_size'))
     for key, value in built.items():
         if said.get(key, value) != value:

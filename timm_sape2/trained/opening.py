@@ -1,7 +1,7 @@
-"""Opening a trained model, be it a checkpoint file, a folder or a repository of the Hub, with all it says of itself."""
+"""The one way to open a model that was trained: a checkpoint, the folder of a run, one with config.json, or the Hub."""
 
-import argparse
 import dataclasses
+import difflib
 import hashlib
 import logging
 import re
@@ -11,23 +11,26 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file
 from timm.data import resolve_input_data_config
-from timm.layers import to_2tuple
-from timm.models import clean_state_dict, get_model_input_config, get_pretrained_cfg, is_model, parse_model_name
+from timm.models import get_model_input_config, is_model, list_models, parse_model_name
 
-from ..factory import create_model
 from ..models.convert import checkpoint_filter_fn
 from ..models.vit import PositionVisionTransformer
-from .checkpoint import read_checkpoint
+from .checkpoint import Checkpoint, read_checkpoint
+from .config import is_ours, load_config
+from .encodings import check_encodings, encodings_by_name, encodings_of
+from .errors import explained
 
 _logger = logging.getLogger(__name__)
 
-AVERAGES = ('state_dict_ema', 'model_ema')
-WEIGHTS = ('state_dict', 'model')
-PREPROCESSING = ('mean', 'std', 'crop_pct', 'interpolation')
 LAST = 'last.pth.tar'
 REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
 FILE = re.compile(r'.+\.(pth|pt|tar|bin|ckpt|safetensors)')
+FILES_OF_WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
+RAW, EMA = 'weights', 'moving average of the weights'
 
 
 @dataclasses.dataclass
@@ -43,7 +46,7 @@ class TrainedModel:
     """
 
     model: Any
-    weights: str = 'weights'
+    weights: str = RAW
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
     run: Path | None = None
@@ -66,8 +69,9 @@ def open_model(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: tuple[int, int] | None = None,
     ema: bool = True,
+    to_train: bool = False,
 ) -> TrainedModel:
-    """Open a trained model.
+    """Open a trained model as it was trained, at another image size if one is given; or take its weights to train on.
 
     Args:
         source: A checkpoint file, the folder of a run of train.py (its last weights), a folder with config.json and
@@ -76,22 +80,61 @@ def open_model(
         model_name: The model, for a checkpoint that names none or is to be converted.
         model_kwargs: More of its arguments.
         img_size: Height and width to use it at, by default those it was trained at.
-        ema: Prefer the moving average of the weights where a checkpoint has both.
+        ema: Prefer the EMA of the weights where a checkpoint has both.
+        to_train: The model is the one that `model_name` and `model_kwargs` say in full, and the weights are adapted to
+            its size, channels, classes and patch size. It may have position encodings that the weights do not; these
+            begin at their initial values.
 
     Raises:
         OSError: If a file cannot be read.
-        ValueError: If there is no such model, or it does not load; the message says why.
+        ValueError: If there is no such model, folder, repository, revision or file, the Hub refuses the token or cannot
+            be reached, config.json is refused, the weights are damaged or do not fit, or were trained with another
+            position encoding. The message says what to do.
     """
-    if Path(source, LAST).is_file():
-        source = str(Path(source, LAST))
-    if Path(source).is_file() or (FILE.fullmatch(source) and ':' not in source):
-        opened = _open_checkpoint(Path(source), model_name, model_kwargs or {}, img_size, ema)
+    kwargs = dict(model_kwargs or {})
+    path = checkpoint_file(source)
+    if path is not None:
+        source, checkpoint, folder = str(path), Checkpoint.read(path), None
     else:
-        opened = _open_configured(source, dict(model_kwargs or {}, img_size=img_size))
-        if model_name not in (None, opened.model.pretrained_cfg['architecture']):
-            raise ValueError(f'{source} is a {opened.model.pretrained_cfg["architecture"]}, not a {model_name}')
-    opened.model.eval()
-    return opened
+        asked, source = source, _with_prefix(source)
+        kind, place = parse_model_name(source)
+        folder = Path(place) if kind == 'local-dir' else None
+        with explained(source):
+            config = _read_config(source)
+            if not to_train and model_name not in (None, config['architecture']):
+                raise ValueError(f'{asked} is a {config["architecture"]}, not a {model_name}')
+            if not (to_train or is_ours(config['architecture'])):
+                return TrainedModel(_create_timms_own(source, kwargs, img_size), folder=folder)
+            checkpoint = _read_weights(source, config)
+    name = model_name or checkpoint.model_name
+    if name is None:
+        raise ValueError(f'{source} does not say which model it is of: add --model NAME')
+    is_ema = ema and checkpoint.average is not None
+    weights = checkpoint.average if is_ema else checkpoint.weights
+    create = _create_to_train if to_train else _create_as_trained
+    try:
+        check_model_name(name)
+        if not weights:
+            raise ValueError('there are no weights in it')
+        model = create(checkpoint, weights, name, kwargs, img_size)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f'{source} does not load as {name}: {" ".join(str(error).split())}') from error
+    if is_ema:
+        _logger.info(f'{source} has an EMA of the weights, which is taken')
+    training = {key: checkpoint.state[key] for key in ('epoch', 'metric') if checkpoint.state.get(key) is not None}
+    if checkpoint.average is not None and not is_ema:
+        training.pop('metric', None)  # it is that of the EMA
+    training['args'] = checkpoint.args
+    return TrainedModel(model, EMA if is_ema else RAW, training if path else {}, folder, path.parent if path else None)
+
+
+def checkpoint_file(source: str) -> Path | None:
+    """Return the file that a source is or, as the folder of a run, means; None for other sources."""
+    if Path(source, LAST).is_file():
+        return Path(source, LAST)
+    if Path(source).is_file() or (FILE.fullmatch(source) and ':' not in source):
+        return Path(source)
+    return None
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -103,87 +146,101 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _open_configured(source: str, arguments: dict[str, Any]) -> TrainedModel:
-    if Path(source).is_dir():
-        source = f'local-dir:{source}'
-    elif REPOSITORY.fullmatch(source.partition('@')[0]):
-        source = f'hf-hub:{source}'
-    elif ':' not in source:
-        raise ValueError(f'{source} is no checkpoint, no folder and no OWNER/NAME on the Hub')
-    kind, name = parse_model_name(source)
-    model = create_model(source, pretrained=True, **arguments)
-    if arguments.keys() - {'img_size'}:
-        trained, asked = (getattr(m, 'position_name', None) for m in (create_model(source, device='meta'), model))
-        if asked != trained:
-            raise ValueError(f'{source} was trained with position={trained!r}, not {asked!r}')
-    return TrainedModel(model, folder=Path(name) if kind == 'local-dir' else None)
+def check_model_name(name: str, what: str = 'model') -> None:
+    """Raise a ValueError that lists close names if no such model is registered; `what` is what to call it."""
+    architecture = name.partition('.')[0]
+    if not is_model(architecture):
+        close = difflib.get_close_matches(architecture, list_models(), n=3, cutoff=0.5)
+        raise ValueError(f'unknown {what} {name}' + (f'; close names: {", ".join(close)}' if close else ''))
 
 
-def _open_checkpoint(
-    path: Path,
-    model_name: str | None,
-    model_kwargs: Mapping[str, Any],
+def _create_as_trained(
+    checkpoint: Checkpoint,
+    weights: dict[str, torch.Tensor],
+    name: str,
+    kwargs: Mapping[str, Any],
     img_size: tuple[int, int] | None,
-    ema: bool,
-) -> TrainedModel:
-    checkpoint = read_checkpoint(path)
-    entry = next((key for key in (*(AVERAGES if ema else ()), *WEIGHTS) if checkpoint.get(key) is not None), None)
-    state_dict = clean_state_dict(checkpoint if entry is None else checkpoint[entry])
-    args = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), argparse.Namespace) else {}
-    name = model_name or args.get('model')
-    if name is None:
-        raise ValueError(f'{path} does not say which model it is of: add --model NAME')
-    kwargs = {'global_pool': args.get('gp'), **(args.get('model_kwargs') or {}), **model_kwargs}
+) -> Any:
+    arguments = {**checkpoint.model_kwargs, **kwargs} | ({} if img_size is None else {'img_size': img_size})
+    description = checkpoint.describe(name, kwargs if checkpoint.model_name is None else {})
+    if arguments.get('num_classes') is not None:
+        description['num_classes'] = arguments['num_classes']  # others are not adapted here
+    model: Any = timm.create_model(name, pretrained_cfg_overlay=description, **arguments)
+    if name != checkpoint.model_name or kwargs:
+        check_encodings(checkpoint.encodings(), encodings_of(model))
+    if isinstance(model, PositionVisionTransformer):
+        weights = checkpoint_filter_fn(weights, model)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _create_to_train(
+    checkpoint: Checkpoint,
+    weights: dict[str, torch.Tensor],
+    name: str,
+    kwargs: Mapping[str, Any],
+    img_size: tuple[int, int] | None,
+) -> Any:
+    arguments = dict(kwargs) | ({} if img_size is None else {'img_size': img_size})
+    added = check_encodings(checkpoint.encodings(), encodings_by_name(name, arguments), may_add=True)
+    elsewhere = dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source'))
+    overlay = {**checkpoint.describe(name), **elsewhere, 'state_dict': weights, 'custom_load': False}
+    model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    del model.pretrained_cfg['state_dict']
+    if added:
+        names = ', '.join(added)
+        _logger.info(f'{checkpoint.path} was trained without {names}; what is new begins at its initial values')
+    return model
+
+
+def _create_timms_own(source: str, kwargs: Mapping[str, Any], img_size: tuple[int, int] | None) -> Any:
+    """Create a model of timm from a folder or the Hub; timm knows in which ways its own are stored."""
+    arguments = dict(kwargs) | ({} if img_size is None else {'img_size': img_size})
     try:
-        description = _description(name, {**args, **kwargs}, state_dict)
-        description['label_names'] = _class_names(checkpoint.get('class_names'))
-        if img_size is not None:
-            kwargs['img_size'] = img_size
-        if (model_name or model_kwargs) and is_model(args.get('model') or ''):
-            _check_encoding(args, name, kwargs)
-        model: Any = timm.create_model(name, pretrained_cfg_overlay=description, **kwargs)
-        if isinstance(model, PositionVisionTransformer):
-            state_dict = checkpoint_filter_fn(state_dict, model)
-        model.load_state_dict(state_dict)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f'{path} does not load as {name}: {" ".join(str(error).split())}') from error
-    if entry in AVERAGES:
-        _logger.info(f'{path} has a moving average of the weights, which is taken')
-    training = dict({key: checkpoint[key] for key in ('epoch', 'metric') if checkpoint.get(key) is not None}, args=args)
-    if entry not in AVERAGES and any(checkpoint.get(key) is not None for key in AVERAGES):
-        training.pop('metric', None)  # it is that of the moving average
-    weights = 'moving average of the weights' if entry in AVERAGES else 'weights'
-    return TrainedModel(model, weights, training, run=path.parent)
+        return timm.create_model(source, pretrained=True, **arguments).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'{source} does not load: {" ".join(str(error).split())}') from error
 
 
-def _class_names(names: Any) -> list[str] | None:
-    """Return the names that a checkpoint says its classes have, None for what could not be names."""
-    are_names = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
-    return names if are_names else None
+def _with_prefix(source: str) -> str:
+    if Path(source).is_dir():
+        return f'local-dir:{source}'
+    if REPOSITORY.fullmatch(source.partition('@')[0]):
+        return f'hf-hub:{source}'
+    if ':' not in source:
+        raise ValueError(f'{source} is no checkpoint, no folder and no OWNER/NAME on the Hub')
+    return source
 
 
-def _check_encoding(args: Mapping[str, Any], name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a model has another position encoding than the one that was trained.
-
-    Encodings without parameters have the same weights, so that loading does not notice.
-    """
-    trained, asked = (
-        getattr(timm.create_model(model, device='meta', **arguments), 'position_name', None)
-        for model, arguments in ((args['model'], args.get('model_kwargs') or {}), (name, kwargs))
-    )
-    if trained is not None and asked != trained:
-        raise ValueError(f'it was trained with position={trained!r}, not {asked!r}')
-
-
-def _description(name: str, args: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Describe weights to timm: what they were trained with, where that is not what the model has by default."""
-    description = {key: args[key] for key in PREPROCESSING if args.get(key)}
-    if args.get('input_size') or args.get('img_size'):
-        description['input_size'] = tuple(
-            args.get('input_size') or (args.get('in_chans') or 3, *to_2tuple(args['img_size']))
+def _read_config(source: str) -> dict[str, Any]:
+    kind, place = parse_model_name(source)
+    path = Path(place, 'config.json') if kind == 'local-dir' else _download(place, 'config.json')
+    if not path.is_file():
+        raise ValueError(f'{source}: {"no config.json in the folder" if path.parent.is_dir() else "no such folder"}')
+    config = load_config(path, source)
+    if not is_model(config['architecture']):
+        raise ValueError(
+            f'{source}: unknown architecture {config["architecture"]!r}: import the package that registers it first'
         )
-    cfg = get_pretrained_cfg(name)
-    head = state_dict.get(f'{cfg.classifier}.weight') if cfg is not None else None
-    if head is not None:
-        description['num_classes'] = len(head)
-    return description
+    return config
+
+
+def _read_weights(source: str, config: Mapping[str, Any]) -> Checkpoint:
+    kind, place = parse_model_name(source)
+    if kind == 'local-dir':
+        paths = [Path(place, name) for name in FILES_OF_WEIGHTS if Path(place, name).is_file()]
+        if not paths:
+            raise ValueError(f'{source}: no weights in the folder, {FILES_OF_WEIGHTS[0]} is missing')
+        path = paths[0]
+    else:
+        try:
+            path = _download(place, FILES_OF_WEIGHTS[0])
+        except EntryNotFoundError:
+            path = _download(place, FILES_OF_WEIGHTS[1])
+    weights = load_file(path) if path.suffix == '.safetensors' else read_checkpoint(path)
+    return Checkpoint.of_config(path, weights, config)
+
+
+def _download(place: str, name: str) -> Path:
+    repo_id, _, revision = place.partition('@')
+    return Path(hf_hub_download(repo_id, name, revision=revision or None))

@@ -20,12 +20,12 @@ from timm import utils
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
-from timm.task import evaluation_sample_limit
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ..trained.checkpoint import ResumePoint
+from ..trained.accuracy import evaluate
+from ..trained.checkpoint import Checkpoint, ResumePoint
 from . import datasets, hardware, loaders, resume, run_folder
 from .curves import draw_curves
 from .interrupt import SignalCatcher
@@ -127,7 +127,7 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
     return run
 
 
-def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> utils.CheckpointSaver:
+def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Checkpoint | None) -> utils.CheckpointSaver:
     """Make the folder of the run, or put it in order after a kill, and return what saves checkpoints to it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.start.epoch < run.num_epochs:
@@ -154,7 +154,7 @@ def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Path | None) -> ut
     )
     if checkpoint is not None:
         resume.restore_saver(saver, checkpoint)
-        _logger.info(f'Resumed {checkpoint} at epoch {run.start.epoch}, batch {run.start.num_batches}')
+        _logger.info(f'Resumed {checkpoint.path} at epoch {run.start.epoch}, batch {run.start.num_batches}')
     return saver
 
 
@@ -168,9 +168,9 @@ def fit(run: Run, signals: SignalCatcher) -> None:
         point = train_one_epoch(run, epoch, signals)
         metrics, started = None, time.perf_counter()
         if (epoch + 1) % run.args.val_interval == 0 or epoch + 1 == run.num_epochs:
-            metrics = evaluate(run, signals)
+            metrics = validate(run, signals)
             if metrics is not None and run.task.has_ema():
-                metrics = evaluate(run, signals, ema=True)
+                metrics = validate(run, signals, ema=True)
             if metrics is None:
                 stop(run, point, signals)
         if run.saver is not None:
@@ -232,20 +232,16 @@ def backward(run: Run, loss: Tensor, need_update: bool) -> None:
         run.optimizer.step()
 
 
-@torch.inference_mode()
-def evaluate(run: Run, signals: SignalCatcher, ema: bool = False) -> dict[str, float] | None:
-    """Validate the weights, or their moving average; return None if a signal came in between."""
-    model = run.task.evaluated_module(ema)
-    evaluator = run.task.create_evaluator(max_samples=evaluation_sample_limit(run.val_loader))
-    batches = loaders.batches(run.val_loader)
-    with closing(batches):
-        for input, target in batches:
-            with run.autocast():
-                output = model(input.to(run.device))
-            evaluator.update(output, target.to(run.device))
-            if any_process(signals.caught, run.args, run.device):
-                return None
-    return evaluator.compute(distributed=run.args.distributed)
+def validate(run: Run, signals: SignalCatcher, ema: bool = False) -> dict[str, float] | None:
+    """Validate the weights, or their EMA; return None if a signal came in between."""
+    return evaluate(
+        run.task.evaluated_module(ema),
+        run.val_loader,
+        run.device,
+        run.autocast,
+        distributed=run.args.distributed,
+        after_batch=lambda totals: any_process(signals.caught, run.args, run.device),
+    )
 
 
 def save_epoch(run: Run, point: ResumePoint, metrics: dict[str, float]) -> None:

@@ -1,23 +1,17 @@
 """Creating the model of a run and its optimizer, with errors that say which flag to change."""
 
 import argparse
-import difflib
 from typing import Any
 
 import torch
-from timm.models import (
-    create_model,
-    is_model,
-    list_models,
-    load_checkpoint,
-    parse_model_name,
-    resolve_model_input_args,
-)
+from timm.models import create_model, parse_model_name, resolve_model_input_args
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from torch import nn
 from torch.optim import Optimizer
 
-from ..trained.checkpoint import read_checkpoint
+from ..trained.checkpoint import Checkpoint
+from ..trained.encodings import check_encodings, encodings_of
+from ..trained.opening import check_model_name, open_model
 
 
 def build_model(args: argparse.Namespace, with_weights: bool = True) -> Any:
@@ -32,23 +26,32 @@ def build_model(args: argparse.Namespace, with_weights: bool = True) -> Any:
         ValueError: If there is no such model, it does not take the arguments, or the weights do not fit it.
     """
     source, name = parse_model_name(args.model)
-    if source is None and not is_model(name):
-        close = difflib.get_close_matches(name.split('.')[0], list_models(), n=3, cutoff=0.5)
-        raise ValueError(f'unknown --model {name}' + (f'; close names: {", ".join(close)}' if close else ''))
+    if source is None:
+        check_model_name(name, '--model')
     if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
         backends = ', '.join(torch.compiler.list_backends())
         raise ValueError(f'unknown backend of --torchcompile: {args.torchcompile}; backends: {backends}')
-    weights = [path for path in (args.initial_checkpoint, args.pretrained_path) if path and with_weights]
-    for path in weights:
-        read_checkpoint(path)
+    exact = Checkpoint.read(args.initial_checkpoint) if args.initial_checkpoint and with_weights else None
     try:
-        model: Any = create_model(**_model_arguments(args, with_weights))
+        arguments = _model_arguments(args)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        arguments = ', '.join(f'{name}={value!r}' for name, value in args.model_kwargs.items()) or 'these arguments'
-        raise ValueError(f'cannot create {args.model} with {arguments}: {error}') from error
-    if args.initial_checkpoint and with_weights:
+        raise ValueError(f'cannot create {args.model} with {_listed(args)}: {error}') from error
+    if args.pretrained_path and with_weights:
+        adapted = {key: value for key, value in arguments.items() if key not in ('model_name', 'pretrained_cfg')}
+        name = args.model if source is None else arguments['model_name']
+        model = open_model(args.pretrained_path, name, adapted, to_train=True).model
+    else:
         try:
-            load_checkpoint(model, args.initial_checkpoint)
+            model = create_model(**arguments, pretrained=args.pretrained and with_weights)
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(f'cannot create {args.model} with {_listed(args)}: {error}') from error
+    if exact is not None:
+        try:
+            check_encodings(exact.encodings(), encodings_of(model))
+        except ValueError as error:
+            raise ValueError(f'--initial-checkpoint {exact.path}: {error}') from error
+        try:
+            model.load_state_dict(exact.weights if exact.average is None else exact.average)
         except RuntimeError as error:
             raise ValueError(
                 f'--initial-checkpoint does not fit the model, --pretrained-path would adapt it: {error}'
@@ -72,8 +75,8 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> Optimizer:
     return create_optimizer_v2(model, **optimizer_kwargs(args))
 
 
-def _model_arguments(args: argparse.Namespace, with_weights: bool) -> dict[str, Any]:
-    arguments = resolve_model_input_args(
+def _model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return resolve_model_input_args(
         args.model,
         dict(img_size=args.img_size, in_chans=args.in_chans),
         **{
@@ -83,21 +86,7 @@ def _model_arguments(args: argparse.Namespace, with_weights: bool) -> dict[str, 
             **args.model_kwargs,
         },
     )
-    if not with_weights:
-        return arguments
-    if args.pretrained_path:
-        arguments['pretrained_cfg'].update(_description(args.pretrained_path, arguments['pretrained_cfg']))
-    return dict(arguments, pretrained=args.pretrained or bool(args.pretrained_path))
 
 
-def _description(path: str, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-    """Describe a file of weights to timm, which adapts them to the model where the two differ."""
-    checkpoint = read_checkpoint(path)
-    description: dict[str, Any] = dict(file=path, source='', custom_load=False)
-    trained_with = vars(checkpoint.get('args', argparse.Namespace()))
-    if 'input_size' in trained_with:
-        description['input_size'] = tuple(trained_with['input_size'])
-    head = checkpoint.get('state_dict', checkpoint).get(f'{pretrained_cfg["classifier"]}.weight')
-    if head is not None:
-        description['num_classes'] = len(head)
-    return description
+def _listed(args: argparse.Namespace) -> str:
+    return ', '.join(f'{name}={value!r}' for name, value in args.model_kwargs.items()) or 'these arguments'

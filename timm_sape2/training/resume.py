@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, NativeScaler
 
-from ..trained.checkpoint import ResumePoint, read_checkpoint
+from ..trained.checkpoint import Checkpoint, ResumePoint
+from ..trained.encodings import check_encodings, encodings_by_name
 from .task import ResumableTask
 
 _logger = logging.getLogger(__name__)
@@ -19,6 +19,12 @@ _logger = logging.getLogger(__name__)
 MODEL = ('model', 'model_kwargs', 'num_classes', 'input_size')
 OPTIMIZER = ('opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay')
 BATCHES = ('batch_size', 'grad_accum_steps', 'world_size')
+# These change nothing in the weights of a run that goes on; the last ones are not flags.
+FREE = {
+    *('config', 'output', 'experiment', 'resume', 'pretrained', 'pretrained_path', 'initial_checkpoint'),
+    *('device', 'workers', 'validation_batch_size', 'log_interval', 'recovery_interval', 'checkpoint_hist'),
+    *('rank', 'local_rank', 'distributed', 'input_size'),
+}
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, ResumePoint]:
@@ -30,7 +36,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, ResumePoint]:
     newest, newest_point = None, ResumePoint()
     for path in sorted(folder.glob('*.pth.tar')):
         try:
-            point = ResumePoint.of_checkpoint(read_checkpoint(path, mmap=True))
+            point = Checkpoint.read(path, mmap=True).resume_point
         except ValueError as error:
             _logger.warning(f'Skipping {path}: {error}')
             continue
@@ -39,7 +45,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, ResumePoint]:
     return newest, newest_point
 
 
-def find_checkpoint(resume: str, folder: Path) -> Path | None:
+def find_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
     """Return the checkpoint to resume from, None for a fresh start.
 
     Args:
@@ -51,72 +57,101 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     """
     newest, newest_point = newest_checkpoint(folder)
     if resume == 'auto':
-        return newest
-    path = Path(resume) if resume else None
-    point = ResumePoint.of_checkpoint(_read_training_checkpoint(path)) if path else ResumePoint()
-    if newest is not None and (path is None or not path.parent.samefile(folder) or newest_point.is_after(point)):
-        raise ValueError(
-            f'{folder} holds a run that got as far as {newest.name}: '
-            '--resume auto continues it, --experiment NAME starts another'
-        )
-    return path
+        return None if newest is None else Checkpoint.read(newest)
+    checkpoint, point = (Checkpoint.read(resume) if resume else None), ResumePoint()
+    if checkpoint is not None:
+        try:
+            point = checkpoint.resume_point
+        except ValueError as error:
+            raise ValueError(f'cannot resume from {resume}: {error}; use it as --initial-checkpoint') from None
+    if newest is not None:
+        is_here = checkpoint is not None and checkpoint.path.parent.samefile(folder)
+        if not is_here or newest_point.is_after(point):
+            raise ValueError(
+                f'{folder} holds a run that got as far as {newest.name}: '
+                '--resume auto continues it, --experiment NAME starts another'
+            )
+    return checkpoint
 
 
-def check_same_run(path: Path, args: argparse.Namespace) -> None:
-    """Raise a ValueError that names what differs if a checkpoint is of another model, optimizer or batch size."""
-    checkpoint = _read_training_checkpoint(path)
-    trained_with = vars(checkpoint.get('args', argparse.Namespace()))
+def check_same_run(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Compare a checkpoint with the run that is to go on from it, and list the other flags that differ in the log.
+
+    Raises:
+        ValueError: It is of another model, optimizer or batch size; the message names what differs.
+    """
     names: tuple[str, ...] = MODEL + OPTIMIZER
-    if ResumePoint.of_checkpoint(checkpoint).num_batches:
+    if checkpoint.resume_point.num_batches:
         names += BATCHES
-    differences = [
-        f'{name} {trained_with[name]!r} instead of {getattr(args, name)!r}'
-        for name in names
-        if name in trained_with
-        and not (name in MODEL and trained_with[name] is None)  # timm leaves what it takes from the model open
-        and _plain(trained_with[name]) != _plain(getattr(args, name))
-    ]
+    differences = [name for name in names if _differs(name, checkpoint, args)]
     if differences:
-        raise ValueError(f'cannot resume from {path}, which was trained with {", ".join(differences)}')
+        listed = _listed(differences, checkpoint, args)
+        raise ValueError(f'cannot resume from {checkpoint.path}, which was trained with {listed}')
+    changed = [name for name in vars(args) if name not in FREE and _differs(name, checkpoint, args)]
+    if changed:
+        listed = _listed(changed, checkpoint, args)
+        _logger.info(f'Resumed with other flags, so that the run is another from here on: before {listed}')
 
 
 def load_run(
-    path: Path,
+    checkpoint: Checkpoint,
     task: ResumableTask,
     optimizer: torch.optim.Optimizer,
     loss_scaler: NativeScaler | None,
 ) -> ResumePoint:
-    """Load model, moving average, optimizer and loss scaler, and return where the run goes on."""
+    """Load model, EMA, optimizer and loss scaler, and return where the run goes on."""
+    state = checkpoint.state
     try:
-        resume_task_checkpoint(task, str(path), optimizer, loss_scaler, log_info=False)
+        task.load_checkpoint_state(checkpoint.weights, state.get('task_state'))
         if task.has_ema():
-            load_task_ema_checkpoint(task, str(path))
-    except RuntimeError as error:
-        raise ValueError(f'cannot resume from {path}: {error}') from error
-    task.resume_point = ResumePoint.of_checkpoint(read_checkpoint(path))
+            average, key = checkpoint.average, 'task_state_ema'
+            if average is None:
+                average, key = checkpoint.weights, 'task_state'
+            task.load_checkpoint_state(average, state.get(key), ema=True)
+        optimizer.load_state_dict(state['optimizer'])
+        if loss_scaler is not None and loss_scaler.state_dict_key in state:
+            loss_scaler.load_state_dict(state[loss_scaler.state_dict_key])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f'cannot resume from {checkpoint.path}: {error}') from error
+    task.resume_point = checkpoint.resume_point
     return task.resume_point
 
 
-def restore_saver(saver: CheckpointSaver, path: Path) -> None:
+def restore_saver(saver: CheckpointSaver, checkpoint: Checkpoint) -> None:
     """Give a saver the history it had when it wrote a checkpoint, and let it finish what it was doing.
 
     A checkpoint of a finished epoch holds the history from before it. A kill can come between the file and its copies
     `last`, `checkpoint-EPOCH` and `model_best`, so the save is done once more, from the weights that were loaded.
     """
-    checkpoint = read_checkpoint(path)
-    if path.parent.samefile(saver.checkpoint_dir):
-        saver.load_state_dict(dict(checkpoint.get('saver', {}), pending=(None, None)))
-    if not ResumePoint.of_checkpoint(checkpoint).num_batches:
-        saver.save_checkpoint(checkpoint['epoch'], checkpoint.get('metric'))
+    state = checkpoint.state
+    if checkpoint.path.parent.samefile(saver.checkpoint_dir):
+        saver.load_state_dict(dict(state.get('saver', {}), pending=(None, None)))
+    if not checkpoint.resume_point.num_batches:
+        saver.save_checkpoint(state['epoch'], state.get('metric'))
 
 
-def _read_training_checkpoint(path: Path) -> dict[str, Any]:
-    checkpoint = read_checkpoint(path)
+def _differs(name: str, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
+    """Return whether a run that goes on has another value than the checkpoint; what that does not say is the same."""
+    trained_with = checkpoint.args
+    if name not in trained_with or (name in MODEL and trained_with[name] is None):
+        return False  # timm leaves what it takes from the model open
+    was, wanted = trained_with[name], getattr(args, name)
+    if name == 'model_kwargs' and _plain(was) != _plain(wanted) and _same_encoding(checkpoint, args):
+        was, wanted = ({k: v for k, v in kwargs.items() if not k.startswith('position')} for kwargs in (was, wanted))
+    return _plain(was) != _plain(wanted)
+
+
+def _same_encoding(checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
     try:
-        ResumePoint.of_checkpoint(checkpoint)
-    except ValueError as error:
-        raise ValueError(f'cannot resume from {path}: {error}; use it as --initial-checkpoint') from None
-    return checkpoint
+        trained, asked = checkpoint.encodings(), encodings_by_name(args.model, args.model_kwargs)
+        check_encodings(trained, asked)
+    except ValueError:
+        return False
+    return trained is not None and asked is not None
+
+
+def _listed(names: list[str], checkpoint: Checkpoint, args: argparse.Namespace) -> str:
+    return ', '.join(f'{name} {checkpoint.args[name]!r} instead of {getattr(args, name)!r}' for name in names)
 
 
 def _plain(value: Any) -> str:
