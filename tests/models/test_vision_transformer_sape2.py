@@ -1,6 +1,7 @@
 """The models that timm knows after the import."""
 
 import functools
+import re
 import subprocess
 import sys
 
@@ -62,6 +63,14 @@ class TestNames:
     def test_pretrained_without_weights_raises(self, name):
         with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}'):
             timm.create_model(name, pretrained=True, **TINY)
+
+    def test_where_there_are_none_those_that_ship_are_named(self):
+        """And what is named loads."""
+        with pytest.raises(RuntimeError) as raised:
+            timm.create_model('vit_small_sape2', pretrained=True)
+        (command,) = re.findall(r'such as those that ship here: (.+)\.$', str(raised.value))
+        model = eval(command)
+        assert model.pretrained_cfg['architecture'] == 'vit_compact_sape2_patch4_32'
 
     @pytest.mark.parametrize('name', NAMES)
     def test_unknown_argument_raises(self, name):
@@ -183,6 +192,8 @@ new = set(after) - set(before)
 assert new == set(timm.list_models(module='vision_transformer_sape2')) and new, new
 heavy = {'triton', 'matplotlib', 'sklearn', 'onnx', 'onnxruntime'}
 assert not heavy & {name.partition('.')[0] for name in set(sys.modules) - modules}
+rooms = {name.split('.')[1] for name in sys.modules if name.startswith('timm_sape2.')}
+assert rooms == {'models', 'positions', 'ops', 'version', '_compat'}, rooms
 assert 'timm_sape2.ops.sape2.operator' in sys.modules and 'timm_sape2.ops.sape2.triton_kernel' not in sys.modules
 """
         done = run_python(code, '-W', 'error')

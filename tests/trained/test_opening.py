@@ -213,6 +213,13 @@ class TestFolder:
         message = error(f'local-dir:{tmp_path}')
         assert message.startswith(f'local-dir:{tmp_path} does not load: ') and 'size mismatch' in message
 
+    def test_it_is_of_another_position_encoding(self, tmp_path):
+        timm.models.save_for_hf(timm.create_model('test_vit_sape2', position='rope'), tmp_path, safe_serialization=True)
+        message = (
+            f"local-dir:{tmp_path} does not load as test_vit_sape2: it was trained with position='rope', not 'nope'"
+        )
+        assert error(str(tmp_path), model_kwargs={'position': 'nope'}) == message
+
     def test_what_is_nothing(self):
         assert error('nothing') == 'nothing is no checkpoint, no folder and no OWNER/NAME on the Hub'
 

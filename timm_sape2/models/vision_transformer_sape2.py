@@ -1,13 +1,15 @@
 """Models registered with timm: SaPE2 vision transformers, and the same transformer with other position encodings."""
 
+from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from .convert import checkpoint_filter_fn
 from .vit import PositionVisionTransformer
 
+HUB_CONFIGS = Path(__file__).parents[2] / 'hub_configs'  # in a checkout
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
@@ -81,7 +83,22 @@ LARGE = dict(embed_dim=1024, depth=24, num_heads=16)
 COMPACT = dict(embed_dim=128, depth=6, num_heads=4, mlp_ratio=2.0)  # 0.82 M parameters, trains on a laptop
 
 
+def check_has_weights(variant: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> None:
+    """Raise the RuntimeError that timm raises where there are no weights to load, but say where there are some."""
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    if cfg.has_weights or cfg.state_dict:
+        return
+    folders = [file.parent for file in sorted(HUB_CONFIGS.glob('*/model.safetensors'))]
+    there = [f"timm.create_model('local-dir:{folder}', pretrained=True)" for folder in folders]
+    raise RuntimeError(
+        f"No pretrained weights exist for {variant}. 'hf-hub:OWNER/NAME' and 'local-dir:FOLDER' as names load some"
+        + (f', such as those that ship here: {"; ".join(there)}.' if there else '.')
+    )
+
+
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PositionVisionTransformer:
+    if pretrained:
+        check_has_weights(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     out_indices = kwargs.pop('out_indices', 3)
     return build_model_with_cfg(
         PositionVisionTransformer,

@@ -145,7 +145,13 @@ def _model(parser: argparse.ArgumentParser) -> None:
     add('--in-chans', type=int, choices=(1, 3), help='1 for gray images, 3 for color (default: of the model)')
     add('--num-classes', type=positive_int, metavar='N', help='classes of the data (default: of the model)')
     add('--pretrained', action=FLAG, default=False, help='start from the published weights of the model')
-    add('--pretrained-path', default='', metavar='FILE', help='start from these weights, adapted to size and classes')
+    add(
+        '--pretrained-path',
+        default='',
+        metavar='SOURCE',
+        help='start from these weights, adapted to size and classes; a file, the folder of a run or with config.json, '
+        'or OWNER/NAME on the Hub',
+    )
     add('--initial-checkpoint', default='', metavar='FILE', help='start from these weights, which must fit exactly')
     add('--grad-checkpointing', action=FLAG, default=False, help='recompute activations: less memory, more time')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile (backend: inductor)')
