@@ -1,5 +1,6 @@
 """Accuracy as timm's validate.py computes it."""
 
+import contextlib
 import logging
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from timm_sape2.trained.accuracy import binomial_interval, measure_accuracy
+from timm_sape2.trained.accuracy import binomial_interval, evaluate, measure_accuracy
 from timm_sape2.trained.opening import TrainedModel, fingerprint
 from timm_sape2.training.digits import Digits
 
@@ -57,6 +58,52 @@ def test_by_hand(batch_size):
     assert measured['loss'] == pytest.approx(
         nn.functional.cross_entropy(LOGITS, torch.tensor(TARGETS)).item(), abs=1e-6
     )
+
+
+class TestEvaluate:
+    def loader(self, **kwargs):
+        return torch.utils.data.DataLoader(list(zip(LOGITS, TARGETS, strict=True)), batch_size=2, **kwargs)
+
+    def test_by_hand(self):
+        metrics = evaluate(nn.Identity(), self.loader())
+        assert metrics['top1'] == pytest.approx(60) and metrics['top5'] == 100
+        expected = nn.functional.cross_entropy(LOGITS, torch.tensor(TARGETS)).item()
+        assert metrics['loss'] == pytest.approx(expected, abs=1e-6)
+
+    def test_padding_of_a_distributed_sampler_does_not_count(self):
+        loader = self.loader(sampler=torch.utils.data.SequentialSampler(TARGETS))
+        loader.sampler.num_valid_samples = 3
+        assert evaluate(nn.Identity(), loader)['top1'] == 100, 'the first three are right'
+
+    def test_it_stops_and_the_loader_with_it(self):
+        seen, closed = [], []
+
+        def batches():
+            try:
+                yield from self.loader()
+            finally:
+                closed.append(True)
+
+        class Loader:
+            __iter__ = staticmethod(batches)
+
+        def stop(totals):
+            seen.append(totals.num_samples)
+            return True
+
+        assert evaluate(nn.Identity(), Loader(), after_batch=stop) is None
+        assert seen == [2] and closed == [True]
+
+    def test_under_autocast(self):
+        entered = []
+
+        @contextlib.contextmanager
+        def autocast():
+            entered.append(True)
+            yield
+
+        evaluate(nn.Identity(), self.loader(), autocast=autocast)
+        assert len(entered) == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from timm_sape2.trained.checkpoint import ResumePoint, read_checkpoint
+from timm_sape2.trained.checkpoint import Checkpoint, ResumePoint, read_checkpoint
 
 
 def save(path, **state):
@@ -67,3 +67,47 @@ def test_resume_points_are_ordered():
     assert end_of_epoch_3 == ResumePoint(epoch=4, num_batches=0)
     assert end_of_epoch_3.is_after(ResumePoint(epoch=3, num_batches=70))
     assert ResumePoint(epoch=4, num_batches=1).is_after(end_of_epoch_3)
+
+
+class TestCheckpoint:
+    def test_of_a_run(self, tmp_path):
+        args = argparse.Namespace(model='test_vit', model_kwargs={'depth': 2}, gp='avg', lr=0.1)
+        state = dict(epoch=3, metric=50.0, optimizer={}, args=args, class_names=['a', 'b'])
+        weights, average = {'module.head.weight': torch.ones(2, 3)}, {'head.weight': torch.zeros(2, 3)}
+        torch.save({'state_dict': weights, 'state_dict_ema': average, **state}, tmp_path / 'last.pth.tar')
+        checkpoint = Checkpoint.read(tmp_path / 'last.pth.tar')
+        assert checkpoint.weights['head.weight'].sum() == 6 and checkpoint.average['head.weight'].sum() == 0
+        assert (checkpoint.model_name, checkpoint.args['lr']) == ('test_vit', 0.1)
+        assert checkpoint.model_kwargs == {'global_pool': 'avg', 'depth': 2}
+        assert checkpoint.class_names == ['a', 'b'] and checkpoint.resume_point == ResumePoint(4)
+        assert checkpoint.state == {'epoch': 3, 'metric': 50.0, 'optimizer': {}}
+
+    @pytest.mark.parametrize('key', ['state_dict', 'model', 'state_dict_ema', 'model_ema', None])
+    def test_of_weights(self, key, tmp_path):
+        weights = {'head.weight': torch.ones(2, 3)}
+        torch.save(weights if key is None else {key: weights}, tmp_path / 'weights.pth')
+        checkpoint = Checkpoint.read(tmp_path / 'weights.pth')
+        assert torch.equal(checkpoint.weights['head.weight'], weights['head.weight'])
+        assert (checkpoint.average is not None) == (key in ('state_dict_ema', 'model_ema'))
+        assert (checkpoint.model_name, checkpoint.args, checkpoint.class_names) == (None, {}, None)
+        assert checkpoint.encodings() is None
+        with pytest.raises(ValueError, match='it has weights but no state of a training run'):
+            checkpoint.resume_point  # noqa: B018
+
+    def test_of_a_configuration(self, tmp_path):
+        """What timm is told is what it says of the weights, not where they are nor of the model around them."""
+        about = {'mean': [0.5], 'tag': 'x', 'url': 'https://example.org', 'classifier': 'fc', 'of_a_newer_timm': 1}
+        config = {'architecture': 'test_vit', 'model_args': {'img_size': [32, 48]}, 'label_names': ['a', 'b']}
+        weights = {'head.weight': torch.ones(2, 3)}
+        checkpoint = Checkpoint.of_config(tmp_path, weights, {**config, 'pretrained_cfg': about})
+        of_model = {'input_size': (3, 32, 48), 'num_classes': 2}
+        assert checkpoint.describe('test_vit') == {'mean': [0.5], 'tag': 'x', 'label_names': ['a', 'b'], **of_model}
+        flat = Checkpoint.of_config(tmp_path, weights, {'architecture': 'test_vit', **about})
+        assert flat.describe('test_vit') == {'mean': [0.5], 'tag': 'x', 'num_classes': 2}
+
+    def test_description_of_a_run(self, tmp_path):
+        """Of its input, unless flags say nothing, and of its classes."""
+        args = argparse.Namespace(input_size=(1, 8, 16), img_size=None, mean=(0.5,), std=None, crop_pct=0.8)
+        torch.save({'state_dict': {'head.weight': torch.ones(4, 3)}, 'args': args}, tmp_path / 'last.pth')
+        description = Checkpoint.read(tmp_path / 'last.pth').describe('test_vit')
+        assert description == {'input_size': (1, 8, 16), 'mean': (0.5,), 'crop_pct': 0.8, 'num_classes': 4}

@@ -322,6 +322,16 @@ def test_find_checkpoint(checkpoint, tmp_path):
             find_checkpoint(resume, run)
 
 
+def test_a_resumed_run_reads_its_checkpoint_once(photos, undisturbed, monkeypatch):
+    """Besides a look at each file of the folder for where it stopped, which leaves the tensors in the file."""
+    reads, load = [], torch.load
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: reads.append(kwargs['mmap']) or load(*args, **kwargs))
+    folder = undisturbed(0)
+    reads.clear()
+    assert train.main(command(photos, folder.parent)) == 0
+    assert reads.count(False) == 1 and reads.count(True) == len(list(folder.glob('*.pth.tar')))
+
+
 def test_weights_alone_cannot_be_resumed(tmp_path):
     torch.save({'state_dict': {}}, tmp_path / 'weights.pth')
     with pytest.raises(ValueError, match='use it as --initial-checkpoint'):

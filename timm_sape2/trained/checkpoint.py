@@ -120,7 +120,8 @@ class Checkpoint:
     @classmethod
     def of_config(cls, path: Path, weights: dict[str, Tensor], config: Mapping[str, Any]) -> 'Checkpoint':
         """Return the checkpoint that weights and the config.json beside them are."""
-        pretrained_cfg = {key: value for key, value in config['pretrained_cfg'].items() if key in ABOUT_WEIGHTS}
+        said = config.get('pretrained_cfg', config)  # an old one of timm says all at one level
+        pretrained_cfg = {key: value for key, value in said.items() if key in ABOUT_WEIGHTS}
         return cls(
             path=path,
             weights=weights,
