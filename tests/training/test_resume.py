@@ -277,8 +277,8 @@ def test_other_flags_are_listed(checkpoint, caplog):
         assert not caplog.records
         check_same_run(Checkpoint.read(path), argparse.Namespace(**dict(now, lr=0.2, epochs=20)))
     assert caplog.messages == [
-        'Resumed with other flags, so that the run is another from here on: '
-        'before lr 0.1 instead of 0.2, epochs 10 instead of 20'
+        'Resumed with other flags, which make another run of it from here on: '
+        'lr 0.2 instead of 0.1, epochs 20 instead of 10'
     ]
 
 

@@ -85,12 +85,14 @@ def check_same_run(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         names += BATCHES
     differences = [name for name in names if _differs(name, checkpoint, args)]
     if differences:
-        listed = _listed(differences, checkpoint, args)
+        listed = ', '.join(
+            f'{name} {checkpoint.args[name]!r} instead of {getattr(args, name)!r}' for name in differences
+        )
         raise ValueError(f'cannot resume from {checkpoint.path}, which was trained with {listed}')
     changed = [name for name in vars(args) if name not in FREE and _differs(name, checkpoint, args)]
     if changed:
-        listed = _listed(changed, checkpoint, args)
-        _logger.info(f'Resumed with other flags, so that the run is another from here on: before {listed}')
+        listed = ', '.join(f'{name} {getattr(args, name)!r} instead of {checkpoint.args[name]!r}' for name in changed)
+        _logger.info(f'Resumed with other flags, which make another run of it from here on: {listed}')
 
 
 def load_run(
@@ -148,10 +150,6 @@ def _same_encoding(checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
     except ValueError:
         return False
     return trained is not None and asked is not None
-
-
-def _listed(names: list[str], checkpoint: Checkpoint, args: argparse.Namespace) -> str:
-    return ', '.join(f'{name} {checkpoint.args[name]!r} instead of {getattr(args, name)!r}' for name in names)
 
 
 def _plain(value: Any) -> str:
