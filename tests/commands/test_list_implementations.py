@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_sape2.__main__ import main
-from timm_sape2.commands.list_implementations import choose_implementation
+from timm_sape2.commands.list_implementations import explain_choice
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
@@ -16,12 +16,12 @@ def test_the_last_lines_of_the_list(capsys):
 
 
 def test_on_a_cpu():
-    assert choose_implementation('cpu', torch.float32) == ('eager', 'not triton: not a CUDA tensor')
-    assert choose_implementation('cpu', torch.bfloat16) == (
+    assert explain_choice('cpu', torch.float32) == ('cpu', 'not triton: not a CUDA tensor')
+    assert explain_choice('cpu', torch.bfloat16) == (
         'reference',
-        'not triton: not a CUDA tensor; not eager: not in float32 or float64',
+        'not triton: not a CUDA tensor; not cpu: not in float32 or float64; not recompute: not asked for',
     )
 
 
 def test_the_kernel(triton_device):
-    assert choose_implementation(triton_device, torch.bfloat16) == ('triton', 'nothing prevents it')
+    assert explain_choice(triton_device, torch.bfloat16) == ('triton', 'nothing prevents it')

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_sape2.ops.sape2 import eager_attention
+from timm_sape2.ops.sape2.cpu import cpu_attention
 from timm_sape2.ops.sape2.operator import triton_attention
 from timm_sape2.positions import Host
 from timm_sape2.positions.sape2 import SaPE2
@@ -37,8 +37,8 @@ def calls(monkeypatch):
     def watch(name, function):
         return lambda *args, **kwargs: found.append(name) or function(*args, **kwargs)
 
-    monkeypatch.setattr('timm_sape2.positions.sape2.eager_attention', watch('eager', eager_attention))
-    monkeypatch.setattr('timm_sape2.ops.sape2.choice.triton_attention', watch('triton', triton_attention))
+    monkeypatch.setattr('timm_sape2.ops.sape2.attention.cpu_attention', watch('cpu', cpu_attention))
+    monkeypatch.setattr('timm_sape2.ops.sape2.attention.triton_attention', watch('triton', triton_attention))
     return found
 
 
@@ -66,7 +66,7 @@ def test_same_outputs_and_gradients_on_a_cpu(tiny_vit, x, calls, options, regist
     model = tiny_vit('sape2', position_args={'sape2': options}, reg_tokens=registers, global_pool='avg')
     torch.testing.assert_close(gradients(model, x), plainly(model, x), rtol=1e-4, atol=1e-4)
     falls_back = options.get('target') == 'qk' or 'gate_source' in options
-    assert calls == ([] if falls_back else ['eager'] * 2)
+    assert calls == ([] if falls_back else ['cpu'] * 2)
 
 
 @pytest.mark.parametrize('options', [{}, {'gate_source': 'separate'}, {'axes': 'y', 'distance_scale': 'grid'}], ids=str)
@@ -83,7 +83,7 @@ def test_triton_compiles_to_one_graph(tiny_vit, triton_device, calls):
     x = torch.randn(1, 3, 24, 32, device=triton_device)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(x), model(x))
-    assert 'triton' in calls and 'eager' not in calls
+    assert 'triton' in calls and 'cpu' not in calls
 
 
 @pytest.mark.parametrize('compiled', [False, True])
@@ -106,7 +106,7 @@ def test_checkpointing(tiny_vit, x, calls):
     expected = gradients(model, x)
     model.set_grad_checkpointing()
     torch.testing.assert_close(gradients(model, x), expected)
-    assert calls == ['eager'] * (2 + 4)
+    assert calls == ['cpu'] * (2 + 4)
 
 
 def test_distributed_data_parallel_with_triton(tiny_vit, triton_device, calls, tmp_path):
@@ -145,7 +145,7 @@ def test_plain_path_runs(tiny_vit, x, calls, kind):
 
 def test_dropout_matters_in_training_only(tiny_vit, x, calls):
     tiny_vit(attn_drop_rate=0.5).eval()(x)
-    assert calls == ['eager'] * 2
+    assert calls == ['cpu'] * 2
 
 
 class RotatingSaPE2(SaPE2):

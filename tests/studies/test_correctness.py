@@ -4,17 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from timm_sape2.ops.sape2 import eager_attention
+from timm_sape2.ops.sape2 import sape2_attention
 from timm_sape2.positions.sape2 import SaPE2
-from timm_sape2.studies.attentions import Inputs, cpu_attention, draw_inputs, plain_attention, reference_attention
 from timm_sape2.studies.correctness import (
+    Inputs,
     check_against_reference,
     check_attention,
     check_bias,
     check_fused,
     check_logits,
     output_and_gradients,
+    reference_attention,
 )
+from timm_sape2.studies.operator_overhead import draw_inputs, plain_attention, sape2_by
+
+cpu_attention = sape2_by('cpu')
 
 
 class Logits(nn.Module):
@@ -86,7 +90,9 @@ def test_a_model_that_is_measured_in_another_way(tiny_vit, wrong):
 
 @pytest.mark.parametrize('wrong', [lambda x: x * 1.01, torch.zeros_like, lambda x: x * torch.nan])
 def test_wrong_fused_attention(monkeypatch, tiny_vit, wrong):
-    monkeypatch.setattr('timm_sape2.positions.sape2.eager_attention', lambda *args: wrong(eager_attention(*args)))
+    monkeypatch.setattr(
+        'timm_sape2.positions.sape2.sape2_attention', lambda *args, **kwargs: wrong(sape2_attention(*args, **kwargs))
+    )
     model, images = tiny_vit('sape2'), torch.randn(1, 3, 56, 72)
     with (
         torch.no_grad(),

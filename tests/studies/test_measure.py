@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from timm_sape2.ops.sape2 import eager_attention
+from timm_sape2.ops.sape2 import sape2_attention
 from timm_sape2.studies import measure
 from timm_sape2.studies.measure import peak_memory, ratio_quartiles, seconds_in_turns
 
@@ -66,10 +66,11 @@ def test_peak_memory_counts_what_backward_needs():
 
 def test_buffers_that_attention_keeps_are_counted():
     """As large for the second call as for the first, which allocates them."""
-    tensors = [torch.randn(1, 2, 65, 16) for _ in range(3)] + [torch.randn(10, 16) for _ in range(2)]
+    query, key, value = torch.randn(3, 1, 2, 65, 16)
+    tables = torch.randn(2, 10, 16)
 
     def step():
-        return eager_attention(*tensors, (8, 8), 1)
+        return sape2_attention(query, key, value, key, *tables, (8, 8), 1, implementation='cpu')
 
     first, second = peak_memory(step, CPU), peak_memory(step, CPU)
     assert first == second > 2 * 65 * 65 * 4, 'the logits of two heads'

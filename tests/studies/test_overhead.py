@@ -8,7 +8,7 @@ import timm
 import torch
 
 from timm_sape2.__main__ import main
-from timm_sape2.ops.sape2 import eager_attention
+from timm_sape2.ops.sape2 import sape2_attention
 from timm_sape2.positions.sape2 import SaPE2
 from timm_sape2.studies import overhead
 
@@ -139,10 +139,10 @@ def test_a_wrong_bias_stops_the_study_without_a_figure(monkeypatch, study, tmp_p
 def test_wrong_fused_attention_stops_the_study_without_a_figure(monkeypatch, study, tmp_path):
     """The bias alone is right, but the path that runs forgets it."""
 
-    def without_rows(query, key, value, row_table, *rest):
-        return eager_attention(query, key, value, 0 * row_table, *rest)
+    def without_rows(query, key, value, gate_key, row_table, *rest, **options):
+        return sape2_attention(query, key, value, gate_key, 0 * row_table, *rest, **options)
 
-    monkeypatch.setattr('timm_sape2.positions.sape2.eager_attention', without_rows)
+    monkeypatch.setattr('timm_sape2.positions.sape2.sape2_attention', without_rows)
     with pytest.raises(RuntimeError, match='sape2, block 0: attention differs from the reference by'):
         study('--encodings', 'sape2:reference', 'sape2')
     assert not list(tmp_path.rglob('*.csv')) and not list(tmp_path.rglob('units/*'))

@@ -50,7 +50,7 @@ def test_the_reference_stores_the_bias(monkeypatch, tiny_vit):
     model, images = tiny_vit('sape2'), torch.randn(1, 3, 56, 72)
     expected = model(images)
     use_reference(model)
-    monkeypatch.delattr('timm_sape2.positions.sape2.eager_attention')
+    monkeypatch.delattr('timm_sape2.positions.sape2.sape2_attention')
     torch.testing.assert_close(model(images), expected)
 
 

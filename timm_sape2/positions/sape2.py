@@ -3,21 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.jit import Final
 
-from ..ops.sape2 import (
-    eager_attention,
-    is_being_exported,
-    sape2_attention,
-    sape2_bias,
-    sape2_signatures,
-    why_not_eager,
-    why_not_triton,
-)
+from ..ops.sape2 import choose, sape2_attention, sape2_bias
 from .base import Host, PositionEncoding
 
 torch.fx.wrap('sape2_bias')
@@ -35,7 +25,8 @@ class SaPE2(PositionEncoding):
 
     Args:
         host: The model that this encoding is built into.
-        target: What reads the positions: 'k' queries (embedding on keys), 'q' keys (on queries), 'qk' the sum of both.
+        target: 'k' adds embeddings to keys, so that queries are multiplied with them; 'q' the reverse; 'qk' is the
+            sum of both biases.
         gating: 'semantic', or 'none' for gates of 1, which makes positions plain distances.
         gate_source: What queries are compared with for gates: 'key', 'separate' (keys through a learned map, shared by
             heads and axes) or 'value'.
@@ -138,78 +129,25 @@ class SaPE2(PositionEncoding):
         grid: tuple[int, int],
         num_prefix_tokens: int,
     ) -> Tensor | None:
-        if self.why_not_triton(query, grid) is None:
-            patch_query, patch_key, patch_value = (x[:, :, num_prefix_tokens:] for x in (query, key, value))
-            rows, columns = sape2_signatures(
-                patch_query,
-                patch_key,
-                self.gates_from(patch_key, patch_value),
-                self.row_table,
-                self.column_table,
-                grid,
-                self.scale,
-                self.target,
-                self.reference_grid,
-            )
-            row, column = (x[0] if x else None for x in (rows, columns))
-            return sape2_attention(query, key, value, row, column, grid, num_prefix_tokens, implementation='triton')
-        if self.why_not_eager(query, key, value) is not None:
-            if is_being_exported() or not (self.recompute and torch.is_grad_enabled()):
-                return None
-            return checkpoint(self.attend, query, key, value, grid, num_prefix_tokens)
-        row_table, column_table = self.row_table, self.column_table
-        if self.reference_grid is not None:  # signatures, and so distances, are linear in the tables
-            row_scale, column_scale = (self.reference_grid.flip(0) / torch.tensor((grid[1], grid[0]))).sqrt()
-            row_table = None if row_table is None else row_table * row_scale
-            column_table = None if column_table is None else column_table * column_scale
-        return eager_attention(
+        gate_key = self.gates_from(key, value)
+        implementation, _ = choose(query, key, value, gate_key, grid, self.target, recompute=self.recompute)
+        if implementation == 'reference':
+            return None
+        return sape2_attention(
             query,
             key,
             value,
-            row_table,
-            column_table,
+            gate_key,
+            self.row_table,
+            self.column_table,
             grid,
             num_prefix_tokens,
-            self.semantic,
-            self.target,
-            self.recompute,
+            target=self.target,
+            scale=self.scale,
+            reference_grid=self.reference_grid,
+            recompute=self.recompute,
+            implementation=implementation,
         )
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grid: tuple[int, int],
-        num_prefix_tokens: int,
-    ) -> Tensor:
-        """Attention with a stored bias, (B, h, P + N, d)."""
-        patch_query, patch_key, patch_value = (x[:, :, num_prefix_tokens:] for x in (query, key, value))
-        bias = self.attention_bias(patch_query, patch_key, patch_value, grid)
-        bias = F.pad(bias, [num_prefix_tokens, 0, num_prefix_tokens, 0])
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-
-    def why_not_triton(self, query: Tensor, grid: tuple[int, int]) -> str | None:
-        """Tell why the Triton kernel cannot compute attention with this encoding, None if it can.
-
-        Args:
-            query: Queries, (B, h, P + N, d).
-            grid: Rows and columns of patches.
-
-        Returns:
-            The reason or None.
-        """
-        if self.target == 'qk':
-            return "target='qk' has two signatures an axis"
-        return why_not_triton(query, grid)
-
-    def why_not_eager(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-        """Tell why `eager_attention` cannot compute attention with this encoding, None if it can."""
-        if self.target == 'qk':
-            return "target='qk' has two signatures an axis"
-        if self.gates_from_value or not isinstance(self.gate_key, nn.Identity):
-            return 'gates do not come from the dot products of attention'
-        return why_not_eager(query, key, value)
 
     def adapt_state_dict(
         self,

@@ -2,15 +2,37 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.sape2.reference import sape2_bias
+from ..ops.sape2 import sape2_attention, sape2_bias
 from .attention_inputs import record_attention_inputs
-from .attentions import Attention, Grid, Inputs, reference_attention
 from .variants import use_reference
+
+PREFIX = 1
+"""Tokens before the patches in `Inputs`: a class token."""
+
+
+class Inputs(NamedTuple):
+    """Queries, keys and values, (B, h, 1 + N, d) each, and the tables of SaPE2, (n, d) each."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    row_table: Tensor
+    column_table: Tensor
+
+
+Grid: TypeAlias = tuple[int, int]
+Attention: TypeAlias = Callable[[Inputs, Grid], Tensor]
+
+
+def reference_attention(inputs: Inputs, grid: Grid) -> Tensor:
+    """Attention with SaPE2 in plain PyTorch, with a stored bias."""
+    query, key, value, row_table, column_table = inputs
+    return sape2_attention(query, key, value, key, row_table, column_table, grid, PREFIX, implementation='reference')
 
 
 def check_logits(name: str, model: nn.Module, images: Tensor, num_classes: int) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from ..ops import sape2 as ops
 from ..training.hardware import check_device, set_up_device
-from .attentions import BASELINE, COMPILED, NAMES, REFERENCE, Attention, Grid, Inputs, attentions, draw_inputs, why_not
-from .correctness import check_attention, output_and_gradients
+from .correctness import PREFIX, Attention, Grid, Inputs, check_attention, output_and_gradients
 from .measure import Step, peak_memory, ratio_quartiles, seconds_in_turns
 from .report import grouped, markdown_table, new_figure, three_digits
 from .settings import (
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = {'float32': 1e-4, 'TF32': 2e-2, 'bfloat16': 1e-1}
 """Largest error of the output and of gradients, as a norm relative to theirs; float32 is TF32 on a GPU."""
+
+NAMES = ('plain', 'reference', 'compiled reference', 'cpu', 'cpu, recompute', 'triton')
+BASELINE, REFERENCE, COMPILED = NAMES[:3]
 
 COLORS = {name: f'C{i}' for i, name in enumerate(NAMES)}
 
@@ -144,6 +149,70 @@ size.
         figure.suptitle(f'{BOTH}, {self.heads} heads of {self.head_dim}')
         figure.legend(*axes.get_legend_handles_labels(), loc='outside right center')
         return {'growth': figure}
+
+
+def plain_attention(inputs: Inputs, grid: Grid) -> Tensor:
+    """Attention without a bias."""
+    return F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value)
+
+
+def sape2_by(implementation: str, recompute: bool = False) -> Attention:
+    """Return attention with SaPE2 by one of the implementations."""
+
+    def attention(inputs: Inputs, grid: Grid) -> Tensor:
+        query, key, value, row_table, column_table = inputs
+        return ops.sape2_attention(
+            query,
+            key,
+            value,
+            key,
+            row_table,
+            column_table,
+            grid,
+            PREFIX,
+            recompute=recompute,
+            implementation=implementation,
+        )
+
+    return attention
+
+
+def attentions() -> dict[str, Attention]:
+    """Return all implementations by name; what is to be compiled is so at the first call."""
+    functions = (
+        plain_attention,
+        sape2_by('reference'),
+        torch.compile(sape2_by('reference'), fullgraph=True, dynamic=False),
+        sape2_by('cpu'),
+        sape2_by('cpu', recompute=True),
+        sape2_by('triton'),
+    )
+    return dict(zip(NAMES, functions, strict=True))
+
+
+def why_not(name: str, inputs: Inputs, grid: Grid) -> str | None:
+    """Tell why an implementation cannot run at speed, None if it can or only trying will tell."""
+    query, key, value = inputs[:3]
+    if name == 'triton' and not query.is_cuda:  # its interpreter runs on a CPU
+        return 'not a CUDA tensor'
+    return ops.why_not(query, key, value, key, grid).get(name.partition(',')[0])
+
+
+def draw_inputs(
+    batch_size: int,
+    heads: int,
+    head_dim: int,
+    grid: Grid,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_positions: int = 10,
+    table_std: float = 0.1,
+) -> Inputs:
+    """Draw inputs from a normal distribution, laid out as in a model: views of one projection."""
+    height, width = grid
+    qkv = torch.randn(batch_size, PREFIX + height * width, 3, heads, head_dim, dtype=dtype, device=device)
+    tables = table_std * torch.randn(2, num_positions, head_dim, device=device)
+    return Inputs(*qkv.permute(2, 0, 3, 1, 4), *tables)
 
 
 def describe(row: Row) -> dict[str, str]:

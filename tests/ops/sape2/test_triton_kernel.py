@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from timm_sape2.ops.sape2 import sape2_attention
+from timm_sape2.ops.sape2.operator import triton_attention
 
 pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning:triton')
 NAMES = ('query', 'key', 'value', 'row_signature', 'column_signature')
@@ -54,7 +54,7 @@ def by_kernel(grid, prefix):
     """Attention by the kernel, on memory that is full of NaN before it is written to."""
 
     def attend(*inputs):
-        return sape2_attention(*inputs, grid, prefix, implementation='triton')
+        return triton_attention(*inputs, prefix, inputs[0].shape[-1] ** -0.5)[0]
 
     return attend
 
@@ -91,7 +91,7 @@ def test_two_patches_by_hand(device):
     value = torch.stack([torch.zeros(16), torch.ones(16)]).reshape(1, 1, 2, 16).to(device)
     rows = torch.tensor([[0.0, 0.0], [0.0, 3.0]], device=device).reshape(1, 1, 2, 2).requires_grad_()
     columns = torch.tensor([[0.0], [1.0]], device=device).reshape(1, 1, 2, 1).requires_grad_()
-    output = sape2_attention(zeros, zeros, value, rows, columns, (1, 2), implementation='triton')
+    output = by_kernel((1, 2), 0)(zeros, zeros, value, rows, columns)
     weight = math.exp(4) / (1 + math.exp(4))
     torch.testing.assert_close(output[0, 0, :, 0].tolist(), [weight, 1 - weight])
     output[0, 0, 0, 0].backward()
@@ -157,7 +157,7 @@ class TestZeroDistances:
     def test_identical_patches_have_no_bias_and_no_gradient(self, device, dtype):
         query, key, value, rows, columns = random_inputs((7, 9), dtype=dtype, device=device)
         rows, columns = (x.detach()[:, :, :1].expand_as(x).contiguous().requires_grad_() for x in (rows, columns))
-        output = sape2_attention(query, key, value, rows, columns, (7, 9), 1, implementation='triton')
+        output = by_kernel((7, 9), 1)(query, key, value, rows, columns)
         plain = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
         assert relative_error(output, plain) <= (1e-6 if dtype == torch.float32 else 1e-2)
         output.float().square().sum().backward()

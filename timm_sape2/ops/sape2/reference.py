@@ -164,6 +164,31 @@ def axis_signatures(
     return found
 
 
+def scale_tables(
+    row_table: Tensor | None,
+    column_table: Tensor | None,
+    grid: tuple[int, int],
+    reference_grid: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scale distances to a grid, since a norm over L entries grows with sqrt(L); they are linear in the tables.
+
+    Args:
+        row_table: Position embeddings along rows, (n, d), or None.
+        column_table: Position embeddings along columns, (n, d), or None.
+        grid: Rows and columns of patches (H, W).
+        reference_grid: (H, W) as a tensor of two, or None to change nothing.
+
+    Returns:
+        Row table times sqrt(W_reference / W), column table times sqrt(H_reference / H).
+    """
+    if reference_grid is not None:
+        if row_table is not None:
+            row_table = row_table * (reference_grid[1] / grid[1]).sqrt().to(row_table.dtype)
+        if column_table is not None:
+            column_table = column_table * (reference_grid[0] / grid[0]).sqrt().to(column_table.dtype)
+    return row_table, column_table
+
+
 def sape2_signatures(
     query: Tensor,
     key: Tensor,
@@ -186,13 +211,13 @@ def sape2_signatures(
         grid: Rows and columns of patches (H, W), N = H * W.
         scale: Factor of the gates' dot product, usually d ** -0.5.
         target: 'k' (signatures of queries), 'q' (of keys) or 'qk' (of both).
-        reference_grid: (H, W) as a tensor of two. If given, signatures are multiplied by sqrt(W_reference / W) along
-            rows and sqrt(H_reference / H) along columns, since a norm over L entries grows with sqrt(L).
+        reference_grid: See `scale_tables`.
 
     Returns:
         Row signatures (B, h, N, W) and column signatures (B, h, N, H), in float32 (float64 stays float64): none
         without a table, two of each for target 'qk', else one.
     """
+    row_table, column_table = scale_tables(row_table, column_table, grid, reference_grid)
     batch, heads, _, dim = query.shape
     height, width = grid
     query_grid = query.reshape(batch, heads, height, width, dim)
@@ -205,9 +230,6 @@ def sape2_signatures(
     columns: list[Tensor] = []
     if column_table is not None:
         columns = axis_signatures(query_grid, key_grid, gate_grid, column_table, scale, target, along_columns=True)
-    if reference_grid is not None:
-        rows = [x * (reference_grid[1] / width).sqrt().to(x.dtype) for x in rows]
-        columns = [x * (reference_grid[0] / height).sqrt().to(x.dtype) for x in columns]
     return rows, columns
 
 

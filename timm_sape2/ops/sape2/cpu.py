@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._compat import is_in_torch_func
+
 LOGITS_AT_ONCE = 2**20  # in the heads that are worked on at a time
 ZERO_BELOW = 2.0**-46  # of the squared norms: distances below the rounding of float32 are 0
 
@@ -39,8 +41,15 @@ class Axis(NamedTuple):
     slope: Tensor  # score of the next embedding less that of the one below, 0 for a position at its limit
 
 
-def why_not_eager(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Tell why `eager_attention` cannot take these tensors, None if it can."""
+def why_not_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate_key: Tensor | None,
+    target: str,
+    rotated: bool,
+) -> str | None:
+    """Tell why `cpu_attention` cannot compute attention with these arguments of `choose`, None if it can."""
     if query.device.type != 'cpu':
         return 'not a CPU tensor'
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -49,12 +58,16 @@ def why_not_eager(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return 'not in float32 or float64'
     if key.dtype != query.dtype or value.dtype != query.dtype:
         return 'queries, keys and values have different dtypes'
-    if torch._C._are_functorch_transforms_active():
+    if is_in_torch_func():
         return 'no rules for torch.func'
+    if target == 'qk':
+        return "target='qk' has two signatures an axis"
+    if rotated or (gate_key is not None and gate_key is not key):
+        return 'gates do not come from the dot products of attention'
     return None
 
 
-def eager_attention(
+def cpu_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -64,9 +77,10 @@ def eager_attention(
     num_prefix_tokens: int,
     semantic: bool = True,
     target: str = 'k',
+    scale: float | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """Attention with the bias of SaPE2, `softmax(s * q k^T + B) v` with `s = d ** -0.5`, and gates from keys or of 1.
+    """Attention with the bias of SaPE2, `softmax(scale * q k^T + B) v`, and gates from keys or of 1.
 
     Args:
         query: Queries, (B, h, P + N, d).
@@ -76,8 +90,9 @@ def eager_attention(
         column_table: Position embeddings along columns, (n, d), or None to leave this axis out.
         grid: Rows and columns of patches (H, W), N = H * W.
         num_prefix_tokens: Tokens P before the patches, with bias 0.
-        semantic: Gates are `sigmoid(s * q_x . k_t)`, else 1.
+        semantic: Gates are `sigmoid(scale * q_x . k_t)`, else 1.
         target: 'k' (signatures of queries) or 'q' (of keys).
+        scale: Factor of the dot products, by default d ** -0.5.
         recompute: Compute weights and distances again in the backward pass instead of storing them.
 
     Returns:
@@ -85,11 +100,12 @@ def eager_attention(
     """
     tables = torch.cat([table for table in (row_table, column_table) if table is not None]).to(query.dtype)
     axes = ('' if row_table is None else 'x') + ('' if column_table is None else 'y')
-    geometry = Geometry(grid, num_prefix_tokens, axes, semantic, target, query.shape[-1] ** -0.5, recompute)
-    return _EagerAttention.apply(query, key, value, tables, geometry)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    geometry = Geometry(grid, num_prefix_tokens, axes, semantic, target, scale, recompute)
+    return _CPUAttention.apply(query, key, value, tables, geometry)
 
 
-class _EagerAttention(torch.autograd.Function):
+class _CPUAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tables: Tensor, geometry: Geometry) -> Tensor:
         batch, heads, tokens, dim = query.shape
@@ -148,7 +164,7 @@ def _buffer(name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) 
 
 
 def release_buffers() -> None:
-    """Free the memory that this thread's calls of `eager_attention` have left for the next ones."""
+    """Free the memory that this thread's calls of `cpu_attention` have left for the next ones."""
     _BUFFERS.tensors.clear()
 
 

@@ -1,0 +1,185 @@
+"""SaPE2 attention: who computes it and why not another, the same results from each, and what bad input gets."""
+
+import pytest
+import torch
+from timm.layers import apply_rot_embed_cat, set_fused_attn
+
+from timm_sape2.ops.sape2 import IMPLEMENTATIONS, attention, choose, sape2_attention, sape2_bias
+
+GRID = (3, 4)
+
+
+def random_inputs(dtype=torch.float32, dim=16):
+    """Queries, keys, values, keys of gates and both tables."""
+    query, key, value = (torch.randn(2, 2, 13, dim, dtype=dtype) for _ in range(3))
+    return [query, key, value, key, *torch.randn(2, 10, dim, dtype=dtype)]
+
+
+def attend(*inputs, **kwargs):
+    return sape2_attention(*inputs, **({'grid': GRID, 'num_prefix_tokens': 1} | kwargs))
+
+
+def reasons(query, grid=GRID, **kwargs):
+    """What `choose` says where gates come from the keys."""
+    return choose(query, query, query, query, grid, **kwargs)
+
+
+class TestChoose:
+    def test_on_a_cpu(self):
+        assert reasons(torch.zeros(1, 1, 13, 16)) == (
+            'cpu',
+            {'triton': 'not a CUDA tensor', 'recompute': 'not asked for', 'reference': 'cpu is better'},
+        )
+
+    def test_the_kernel_comes_first(self, triton_device):
+        name, against = reasons(torch.zeros(1, 1, 13, 16, device=triton_device), recompute=True)
+        assert name == 'triton'
+        assert set(against) == {'cpu', 'recompute', 'reference'} and against['recompute'] == 'triton is better'
+
+    @pytest.mark.parametrize(
+        ('query', 'grid', 'options', 'reason'),
+        [
+            ({'dtype': torch.float64}, GRID, {}, 'torch.float64 is none of float32, bfloat16 and float16'),
+            ({'size': (1, 1, 13, 8)}, GRID, {}, 'head dimension 8 is outside 16 to 128'),
+            ({'size': (1, 1, 13, 136)}, GRID, {}, 'head dimension 136 is outside 16 to 128'),
+            ({}, (129, 3), {}, 'the grid 129x3 has more than 128 rows or columns'),
+            ({}, (3, 129), {}, 'the grid 3x129 has more than 128 rows or columns'),
+            ({}, GRID, {'target': 'qk'}, "target='qk' has two signatures an axis"),
+        ],
+    )
+    def test_what_the_kernel_cannot_do(self, triton_device, query, grid, options, reason):
+        query = torch.zeros(**({'size': (1, 1, 13, 16)} | query), device=triton_device)
+        assert reasons(query, grid, **options)[1]['triton'] == reason
+
+    def test_triton_is_not_installed(self, triton_device, monkeypatch):
+        monkeypatch.setattr(attention, '_HAS_TRITON', False)
+        assert reasons(torch.zeros(1, 1, 13, 16))[1]['triton'] == 'triton is not installed'
+
+    def test_fused_attention_switched_off_in_timm(self, triton_device):
+        set_fused_attn(False)
+        try:
+            assert 'set_fused_attn' in reasons(torch.zeros(1, 1, 13, 16))[1]['triton']
+        finally:
+            set_fused_attn(True)
+
+    def test_export_and_tracing(self, triton_device):
+        found = []
+
+        class Ask(torch.nn.Module):
+            def forward(self, query):
+                found.append(reasons(query, recompute=True))
+                return query + 1
+
+        torch.jit.trace(Ask(), torch.zeros(1, 1, 13, 16), check_trace=False)
+        torch.export.export(Ask(), (torch.zeros(1, 1, 13, 16),))
+        assert len(found) >= 2
+        for name, against in found:
+            assert name == 'reference'
+            assert against['triton'] == against['recompute'] == 'the model is being exported'
+
+    def test_recompute_where_nothing_else_can_run(self):
+        query = torch.zeros(1, 1, 13, 16)
+        assert reasons(query, target='qk', recompute=True)[0] == 'recompute'
+        assert reasons(query, target='qk')[0] == 'reference'
+        with torch.no_grad():
+            name, against = reasons(query, target='qk', recompute=True)
+        assert (name, against['recompute']) == ('reference', 'no gradients are computed')
+
+
+class TestImplementations:
+    @pytest.mark.parametrize('implementation', ['auto', *IMPLEMENTATIONS])
+    def test_each_is_attention_with_the_bias(self, triton_device, implementation):
+        query, key, value, _, *tables = inputs = [x.to(triton_device) for x in random_inputs()]
+        patches = [x[:, :, 1:] for x in (query, key)]
+        bias = torch.nn.functional.pad(sape2_bias(*patches, patches[1], *tables, GRID, 0.25), [1, 0, 1, 0])
+        expected = (0.25 * query @ key.mT + bias).softmax(-1) @ value
+        if query.is_cuda and implementation == 'cpu':
+            pytest.skip('for tensors on a CPU')
+        torch.testing.assert_close(attend(*inputs, implementation=implementation), expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize('implementation', ['auto', 'triton', 'reference'])
+    @pytest.mark.parametrize('target', ['k', 'q'])
+    def test_rotation_moves_logits_and_no_signatures(self, triton_device, implementation, target):
+        inputs = [x.to(triton_device) for x in random_inputs()]
+        sines = torch.randn(13, 32, device=triton_device)
+        query, key = (apply_rot_embed_cat(x, sines) for x in inputs[:2])
+        patches = [x[:, :, 1:] for x in inputs[:2]]
+        bias = sape2_bias(*patches, patches[1], *inputs[4:], GRID, 0.25, target)
+        expected = (0.25 * query @ key.mT + torch.nn.functional.pad(bias, [1, 0, 1, 0])).softmax(-1) @ inputs[2]
+        found = attend(*inputs, target=target, logit_query=query, logit_key=key, implementation=implementation)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+    def test_scale_of_all_dot_products(self, triton_device, implementation):
+        """A quarter of the usual scale is a quarter of the queries, and tables that make up for it in signatures."""
+        query, key, value, _, *tables = (x.to(triton_device) for x in random_inputs())
+        if query.is_cuda and implementation == 'cpu':
+            pytest.skip('for tensors on a CPU')
+        found = attend(query, key, value, key, *tables, scale=16**-0.5 / 4, implementation=implementation)
+        tables = [4 * x for x in tables]
+        expected = attend(query / 4, key, value, key, *tables, implementation=implementation)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+    def test_distances_scaled_to_the_grid(self, triton_device, implementation):
+        """Trained on 12 rows and 1 column: half of the column distances' tables here, and twice of the rows'."""
+        *inputs, row_table, column_table = (x.to(triton_device) for x in random_inputs())
+        if row_table.is_cuda and implementation == 'cpu':
+            pytest.skip('for tensors on a CPU')
+        native = torch.tensor([12, 1], device=triton_device)
+        found = attend(*inputs, row_table, column_table, reference_grid=native, implementation=implementation)
+        expected = attend(*inputs, row_table / 2, column_table * 2, implementation=implementation)
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize('implementation', ['triton', 'cpu'])
+    def test_what_cannot_run_says_why(self, implementation):
+        meta = [x.to('meta') for x in random_inputs()]
+        reason = {'triton': 'not a CUDA tensor', 'cpu': 'not a CPU tensor'}[implementation]
+        with pytest.raises(ValueError, match=f"implementation='{implementation}' cannot run: {reason}"):
+            attend(*meta, implementation=implementation)
+
+    def test_float64_is_left_to_another(self, triton_device):
+        inputs = [x.to(triton_device) for x in random_inputs(torch.float64)]
+        torch.testing.assert_close(attend(*inputs), attend(*inputs, implementation='reference'))
+
+    @pytest.mark.parametrize('implementation', ['auto', 'reference'])
+    def test_without_tables_it_is_plain_attention(self, implementation):
+        query, key, value, *_ = random_inputs()
+        plain = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        found = attend(query, key, value, key, None, None, implementation=implementation)
+        torch.testing.assert_close(found, plain)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ('position', 'change', 'message'),
+        [
+            (0, lambda x: x[0], r'query must be \(B, h, P \+ N, d\), got 3 dimensions'),
+            (1, lambda x: x[:, :, 1:], r'key has shape \(2, 2, 12, 16\), query has \(2, 2, 13, 16\)'),
+            (2, lambda x: x.bfloat16(), r'value is torch.bfloat16, query is torch.float32'),
+            (1, lambda x: x.to('meta'), 'All tensors must be on one device, got cpu, meta'),
+            (3, lambda x: x[:, :1], r'gate_key has shape \(2, 1, 13, 16\), query has \(2, 2, 13, 16\)'),
+            (4, lambda x: x[:, 1:], r'row_table must be \(n, 16\) with n of at least 2, got \(10, 15\)'),
+            (5, lambda x: x[:1], r'column_table must be \(n, 16\) with n of at least 2, got \(1, 16\)'),
+            (5, lambda x: x.to('meta'), 'All tensors must be on one device'),
+        ],
+    )
+    @pytest.mark.parametrize('implementation', ['auto', 'reference'])
+    def test_tensors_that_do_not_fit(self, position, change, message, implementation):
+        inputs = random_inputs()
+        inputs[position] = change(inputs[position])
+        with pytest.raises(ValueError, match=message):
+            attend(*inputs, implementation=implementation)
+
+    @pytest.mark.parametrize(('grid', 'prefix'), [((4, 4), 1), ((3, 4), 0), ((3, 5), -2)])
+    def test_grid_that_does_not_match_the_tokens(self, grid, prefix):
+        with pytest.raises(ValueError, match=f'There are 13 tokens, but a grid of {grid[0]}x{grid[1]} patches'):
+            attend(*random_inputs(), grid=grid, num_prefix_tokens=prefix)
+
+    def test_unknown_implementation(self):
+        with pytest.raises(ValueError, match="must be one of auto, triton, cpu, recompute, reference, got 'cuda'"):
+            attend(*random_inputs(), implementation='cuda')
+
+    def test_unknown_target(self):
+        with pytest.raises(ValueError, match="target must be one of 'k', 'q', 'qk', got 'v'"):
+            attend(*random_inputs(), target='v')
