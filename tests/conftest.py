@@ -60,6 +60,14 @@ def fault_of_the_interpreter():
     return None
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    """A process group of one, which outlives the models of the test: torch 2.12 and 2.13 may hang if they go last."""
+    torch.distributed.init_process_group('gloo', f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(params=[*ENCODINGS, 'learned+sape2'])
 def position(request):
     """Every position encoding, and two together."""

@@ -184,13 +184,6 @@ class TestCheckoutOfTimm:
         assert capsys.readouterr().out == 'sibling\n'
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 WRAP = """
 import sys
 import torch

@@ -329,6 +329,7 @@ def train_as_rank(rank, port, argv, signal_at_batch):
     with SignalCatcher() as signals:
         loop.fit(run, signals)
     torch.save(run.task.get_checkpoint_state()['state_dict'], run.folder / f'rank{rank}.pt')
+    del run  # torch 2.12 and 2.13 may hang if a model goes after its process group
     torch.distributed.destroy_process_group()
 
 

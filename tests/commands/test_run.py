@@ -105,11 +105,11 @@ def main():
     optimizer.step()
     total = sum(parameter.double().abs().sum().item() for parameter in model.parameters())
     Path(f'rank{args.rank}.json').write_text(json.dumps([args.world_size, type(model).__name__, total]))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == '__main__':
     main()
+    torch.distributed.destroy_process_group()
 """
 
 

@@ -293,18 +293,15 @@ class TestCopies:
         assert not wrong
 
 
-def test_ddp_trains_without_searching_unused_parameters(tiny_vit, x, position, tmp_path):
-    torch.distributed.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        model = tiny_vit(position)
-        before = copy.deepcopy(dict(model.named_parameters()))
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
-        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            parallel(x).square().sum().backward()
-            optimizer.step()
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures('process_group')
+def test_ddp_trains_without_searching_unused_parameters(tiny_vit, x, position):
+    model = tiny_vit(position)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        parallel(x).square().sum().backward()
+        optimizer.step()
     unchanged = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
     assert all(name.startswith('blocks.1.attn.position.') for name in unchanged), unchanged

@@ -109,15 +109,12 @@ def test_checkpointing(tiny_vit, x, calls):
     assert calls == ['cpu'] * (2 + 4)
 
 
-def test_distributed_data_parallel_with_triton(tiny_vit, triton_device, calls, tmp_path):
+@pytest.mark.usefixtures('process_group')
+def test_distributed_data_parallel_with_triton(tiny_vit, triton_device, calls):
     model = tiny_vit(img_size=(24, 32), depth=1, global_pool='avg').to(triton_device)
     x = torch.randn(1, 3, 24, 32, device=triton_device)
     expected = gradients(model, x)
-    torch.distributed.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        output, found = gradients(nn.parallel.DistributedDataParallel(model), x)
-    finally:
-        torch.distributed.destroy_process_group()
+    output, found = gradients(nn.parallel.DistributedDataParallel(model), x)
     torch.testing.assert_close((output, list(found.values())), (expected[0], list(expected[1].values())))
     assert calls == ['triton'] * 2
 
