@@ -13,11 +13,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST_COMMAND = "pip install -e '.[test]' && python -m pytest"
 DEMO_COMMAND = "pip install -e '.[demo]' && python train.py"
 LEAST_TOP1 = 95.0
+LIMIT = 30 * 60.0  # seconds for one command, such as all tests
 CONTRACT = ('tests/models', 'tests/ops', 'tests/positions', 'tests/trained')
 PACKAGES = ('torch', 'torchvision', 'triton', 'numpy')
 ASK_VERSIONS = f"""
@@ -98,24 +101,38 @@ class Run:
         return versions.split(', ')
 
 
-def execute(command: Sequence[str | Path], **environment: str) -> str:
-    """Run a command, show what it prints, and return the last line of that."""
+def execute(command: Sequence[str | Path], environment: Mapping[str, str] | None = None, limit: float = LIMIT) -> str:
+    """Run a command, show what it prints, and return the last line of that; it is stopped after `limit` seconds."""
     print('$', *command, flush=True)
-    last = ''
+    last, is_late = '', threading.Event()
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | environment,
+        env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors='replace',
+        start_new_session=True,
     ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end='', flush=True)
-            last = line.strip(' =\n') or last
+
+        def stop() -> None:
+            is_late.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(limit, stop)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end='', flush=True)
+                last = line.strip(' =\n') or last
+            process.wait()
+        finally:
+            timer.cancel()
+    if is_late.is_set():
+        raise ValueError(f'stopped after {limit:.0f} seconds')
     if process.returncode:
         raise ValueError(last or f'exit status {process.returncode}')
     return last
@@ -186,7 +203,7 @@ def test_readme(run: Run, torch: str) -> None:
     }
 
     def shell(command: str) -> Callable[[], str]:
-        return lambda: execute(['bash', '-c', command], **settings)
+        return lambda: execute(['bash', '-c', command], settings)
 
     def install() -> str:
         for command in (TEST_COMMAND, DEMO_COMMAND):
@@ -217,7 +234,7 @@ def ask_versions(run: Run, environment: Path) -> str:
     """Note the versions in an environment."""
     answer = subprocess.check_output([environment / 'bin' / 'python', '-c', ASK_VERSIONS], text=True)
     run.versions = json.loads(answer)
-    return ', '.join(f'{name} {version}' for name, version in run.versions.items())
+    return 'done'
 
 
 def test_contract(run: Run, name: str, python: str, *requirements: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,13 @@ class TestParts:
 
     def test_a_command_that_is_not_there(self, run):
         assert not run.part('name', lambda: ci.execute(['no-such-command']))
+
+    def test_what_hangs_is_stopped_with_its_children(self, run):
+        hangs = 'import subprocess, sys; subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])'
+        start = time.monotonic()
+        assert not run.part('hangs', lambda: ci.execute([sys.executable, '-c', hangs], limit=1.0))
+        assert run.parts[0].result == 'FAILED: stopped after 1 seconds'
+        assert time.monotonic() - start < 30
 
     def test_nothing_can_be_asked(self):
         assert ci.execute([sys.executable, '-c', 'import sys; print(len(sys.stdin.read()))']) == '0'
