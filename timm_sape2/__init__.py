@@ -2,4 +2,9 @@
 
 from . import models as models
 from .models import PositionVisionTransformer as PositionVisionTransformer
+from .models import equip as equip
+from .models import why_not_equip as why_not_equip
+from .positions import ENCODINGS as ENCODINGS
+from .positions import PositionEncoding as PositionEncoding
+from .positions.sape2 import SaPE2 as SaPE2
 from .version import __version__ as __version__

@@ -80,8 +80,8 @@ class TestAuthors:
             torch.testing.assert_close(model(tensors['input']), tensors['logits'], rtol=0, atol=1e-12)
         for block in model.blocks:
             block.attn.fused_attn = False  # the plain path, which has a bias to look at
-            original = block.attn.position_bias
-            block.attn.position_bias = lambda *args, original=original: biases.append(original(*args)) or biases[-1]
+            original = block.attn.position.bias
+            block.attn.position.bias = lambda *args, original=original: biases.append(original(*args)) or biases[-1]
         with torch.no_grad():
             logits = model(tensors['input'])
         torch.testing.assert_close(logits, tensors['logits'], rtol=0, atol=1e-12)

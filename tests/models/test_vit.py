@@ -83,22 +83,22 @@ class TestTokens:
         model = tiny_vit('sape2', class_token=class_token, reg_tokens=registers, global_pool='avg')
         attention, prefix = model.blocks[0].attn, int(class_token) + registers
         query, key, value = torch.randn(3, 2, 2, prefix + 63, 16)
-        bias = attention.position_bias(query, key, value, (7, 9))
+        bias = attention.position.bias(query, key, value, (7, 9))
         assert bias.shape == (2, 2, prefix + 63, prefix + 63)
         assert (bias[:, :, :prefix] == 0).all() and (bias[..., :prefix] == 0).all()
         assert (bias.diagonal(dim1=2, dim2=3) == 0).all()
         patches = bias[:, :, prefix:, prefix:]
         assert (patches + torch.eye(63) > 0).all()
         query[:, :, :prefix], key[:, :, :prefix] = 0, 0
-        assert torch.equal(attention.position_bias(query, key, value, (7, 9)), bias)
+        assert torch.equal(attention.position.bias(query, key, value, (7, 9)), bias)
 
     def test_biases_of_all_encodings_add_up(self, tiny_vit, monkeypatch):
         model = tiny_vit('sape2')
         attention = model.blocks[0].attn
         query, key, value = torch.randn(3, 1, 2, 64, 16)
-        single = attention.position_bias(query, key, value, (7, 9))
+        single = attention.position.bias(query, key, value, (7, 9))
         attention.position['again'] = copy.deepcopy(attention.position['sape2'])
-        torch.testing.assert_close(attention.position_bias(query, key, value, (7, 9)), 2 * single)
+        torch.testing.assert_close(attention.position.bias(query, key, value, (7, 9)), 2 * single)
 
     @pytest.mark.parametrize('registers', [0, 4])
     @pytest.mark.parametrize(('pool', 'class_token'), [('token', True), ('avg', True), ('avg', False), ('map', False)])

@@ -1,24 +1,23 @@
-"""The host takes an encoding that it has never heard of, here one that uses every hook."""
+"""The host takes encodings that it has never heard of, here two that use every hook."""
 
 import pytest
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from timm_sape2.positions import ENCODINGS, Host, PositionEncoding
+from timm_sape2.positions import ENCODINGS, HostShape, PositionEncoding
 
 CALLS = []
 
 
 class Toy(PositionEncoding):
-    """Adds a ramp to tokens, turns the image around after block 0, flips queries, and lets tokens prefer themselves."""
-
-    bias_has_prefix_tokens = True
+    """What both toys share: two ramps, a scale, and a note of every call."""
 
     def __init__(self, host, *, strength=0.5, device=None, dtype=None):
         super().__init__()
         self.strength = strength
         self.prefix = host.num_prefix_tokens
+        self.block = -1 if host.block is None else host.block
         self.ramp = nn.Parameter(torch.empty(2, host.embed_dim, device=device, dtype=dtype))
         self.scale = nn.Linear(1, 1, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
@@ -31,37 +30,61 @@ class Toy(PositionEncoding):
     def note(self, *call):
         CALLS.append(call)
 
+    def set_grid(self, grid):
+        self.note('set_grid', grid)
+
+
+class TokenToy(Toy):
+    """Adds a ramp to tokens and turns the image around after block 0."""
+
     def add_to_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if not torch.jit.is_scripting():
             self.note('add_to_tokens', tuple(tokens.shape), grid)
         rows = torch.arange(grid[0], device=tokens.device)[:, None, None] * self.ramp[0]
         columns = torch.arange(grid[1], device=tokens.device)[:, None] * self.ramp[1]
-        return tokens + (rows + columns).flatten(0, 1)
+        return tokens + self.scale(tokens.mean()[None]) * (rows + columns).flatten(0, 1)
 
     def mix_tokens(self, tokens: Tensor, grid: tuple[int, int], block_index: int) -> Tensor | None:
         if not torch.jit.is_scripting():
             self.note('mix_tokens', tuple(tokens.shape), grid, block_index)
         return tokens.flip(1) if block_index == 0 else None
 
-    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+
+class AttentionToy(Toy):
+    """Flips queries and lets tokens prefer themselves, by what all blocks share."""
+
+    place = 'block'
+    bias_has_prefix_tokens = True
+
+    def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        if not torch.jit.is_scripting():
+            self.note('prepare', grid, self.block)
+        return torch.eye(self.prefix + grid[0] * grid[1], device=device)
+
+    def rotate(
+        self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if not torch.jit.is_scripting():
             self.note('rotate', tuple(query.shape), tuple(key.shape), grid)
         return query.flip(3), key
 
-    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    def attention_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> Tensor | None:
         if not torch.jit.is_scripting():
             self.note('attention_bias', tuple(query.shape), tuple(key.shape), tuple(value.shape), grid)
-        length = self.prefix + grid[0] * grid[1]
-        scale = self.strength * self.scale(query.square().mean()[None])
-        return scale * torch.eye(length, device=query.device, dtype=query.dtype)
+        assert shared is not None
+        scale = self.strength * self.scale(query.square().mean()[None]) + self.ramp.sum()
+        return scale * shared.to(query.dtype)
 
-    def set_grid(self, grid):
-        self.note('set_grid', grid)
+
+BOTH = 'tokentoy+attentiontoy'
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(ENCODINGS, 'toy', Toy)
+    monkeypatch.setitem(ENCODINGS, 'tokentoy', TokenToy)
+    monkeypatch.setitem(ENCODINGS, 'attentiontoy', AttentionToy)
     CALLS.clear()
 
 
@@ -71,16 +94,17 @@ def x():
 
 
 def naive_forward(model, x, strength=0.5):
-    """The same model written out, for position 'toy' with a class token and two registers."""
-    coordinates = torch.cartesian_prod(torch.arange(7.0), torch.arange(9.0))
-    tokens = model.patch_embed.proj(x).flatten(2).transpose(1, 2) + coordinates @ model.position['toy'].ramp
+    """The same model written out, for both toys with a class token and two registers."""
+    coordinates, toy = torch.cartesian_prod(torch.arange(7.0), torch.arange(9.0)), model.position['tokentoy']
+    tokens = model.patch_embed.proj(x).flatten(2).transpose(1, 2)
+    tokens = tokens + toy.scale.weight.item() * tokens.mean() * (coordinates @ toy.ramp)
     x = torch.cat([model.cls_token.expand(2, -1, -1), model.reg_token.expand(2, -1, -1), tokens], dim=1)
     for i, block in enumerate(model.blocks):
-        attn = block.attn
+        attn, toy = block.attn, block.attn.position['attentiontoy']
         query, key, value = attn.qkv(block.norm1(x)).reshape(2, 66, 3, 2, 16).permute(2, 0, 3, 1, 4)
-        bias = strength * attn.position['toy'].scale.weight.item() * query[:, :, 3:].square().mean() * torch.eye(66)
+        size = strength * toy.scale.weight.item() * query[:, :, 3:].square().mean() + toy.ramp.sum()
         query = torch.cat([query[:, :, :3], query[:, :, 3:].flip(3)], dim=2)
-        weights = (query @ key.transpose(2, 3) / 4 + bias).softmax(-1)
+        weights = (query @ key.transpose(2, 3) / 4 + size * torch.eye(66)).softmax(-1)
         x = x + attn.proj((weights @ value).transpose(1, 2).flatten(2))
         x = x + block.mlp(block.norm2(x))
         if i == 0:
@@ -90,7 +114,7 @@ def naive_forward(model, x, strength=0.5):
 
 @pytest.mark.parametrize('fused', [True, False])
 def test_hooks_act_where_they_should(tiny_vit, x, fused):
-    model = tiny_vit('toy', reg_tokens=2)
+    model = tiny_vit(BOTH, reg_tokens=2)
     for block in model.blocks:
         block.attn.fused_attn = fused
     torch.testing.assert_close(model.forward_features(x), naive_forward(model, x))
@@ -98,24 +122,33 @@ def test_hooks_act_where_they_should(tiny_vit, x, fused):
 
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_hooks_get_patches_grid_and_block(tiny_vit, checkpointing):
-    model = tiny_vit('toy', reg_tokens=2, dynamic_img_size=True)
+    model = tiny_vit(BOTH, reg_tokens=2, dynamic_img_size=True)
     model.set_grad_checkpointing(checkpointing)
-    hosts = [call for call in CALLS if call[0] == 'host']
-    assert hosts == [('host', Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=3))] * 3
+    host = HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=3, depth=2)
+    hosts = [call[1] for call in CALLS if call[0] == 'host']
+    assert hosts == [host, host._replace(block=0), host._replace(block=1)]
     for grid in ((5, 11), (1, 5)):
         CALLS.clear()
         model(torch.randn(2, 3, 8 * grid[0], 8 * grid[1]))
         patches = grid[0] * grid[1]
         tokens, heads = (2, patches, 32), (2, 2, patches, 16)
-        expected = [('add_to_tokens', tokens, grid)]
+        expected = [('add_to_tokens', tokens, grid), ('prepare', grid, 0)]
         for i in range(2):
-            expected += [('attention_bias', heads, heads, heads, grid), ('rotate', heads, heads, grid)]
+            expected += [('rotate', heads, heads, grid), ('attention_bias', heads, heads, heads, grid)]
             expected += [('mix_tokens', tokens, grid, i)]
         assert expected == CALLS
 
 
+def test_attention_by_itself_prepares_what_it_needs(tiny_vit):
+    attention, tokens = tiny_vit(BOTH, reg_tokens=2).blocks[1].attn, torch.randn(2, 66, 32)
+    CALLS.clear()
+    alone = attention(tokens, (7, 9))
+    assert {call for call in CALLS if call[0] == 'prepare'} == {('prepare', (7, 9), 1)}
+    assert torch.equal(attention(tokens, (7, 9), shared={'attentiontoy': torch.eye(66)}), alone)
+
+
 def test_intermediates_are_mixed_too(tiny_vit, x):
-    model = tiny_vit('toy', reg_tokens=2)
+    model = tiny_vit(BOTH, reg_tokens=2)
     final, maps = model.forward_intermediates(x, norm=True)
     torch.testing.assert_close(final, naive_forward(model, x))
     torch.testing.assert_close(maps[1].flatten(2).transpose(1, 2), final[:, 3:])
@@ -123,16 +156,16 @@ def test_intermediates_are_mixed_too(tiny_vit, x):
 
 
 def test_set_input_size_tells_every_instance(tiny_vit):
-    model = tiny_vit('toy')
+    model = tiny_vit(BOTH)
     CALLS.clear()
     model.set_input_size((72, 56))
     assert CALLS == [('set_grid', (9, 7))] * 3
 
 
-@pytest.mark.parametrize('combined', ['toy', 'learned+toy', 'toy+sape2', 'learned+sape2+toy'])
+@pytest.mark.parametrize('combined', [BOTH, f'learned+{BOTH}', f'{BOTH}+sape2', f'learned+sape2+{BOTH}'])
 def test_state_dict_names(tiny_vit, combined):
     state = tiny_vit(combined).state_dict()
-    owners = ['position.toy', 'blocks.0.attn.position.toy', 'blocks.1.attn.position.toy']
+    owners = ['position.tokentoy', *(f'blocks.{i}.attn.position.attentiontoy' for i in (0, 1))]
     names = {f'{owner}.{name}' for owner in owners for name in ('ramp', 'scale.weight')}
     if 'sape2' in combined:
         names |= {f'blocks.{i}.attn.position.sape2.{axis}_table' for i in (0, 1) for axis in ('row', 'column')}
@@ -141,43 +174,61 @@ def test_state_dict_names(tiny_vit, combined):
 
 
 def test_parameters_fall_into_groups(tiny_vit):
-    model = tiny_vit('toy')
-    tables = {'position.toy.ramp', 'blocks.0.attn.position.toy.ramp', 'blocks.1.attn.position.toy.ramp'}
+    model = tiny_vit(BOTH)
+    scales = {
+        'position.tokentoy': 0.125,
+        'blocks.0.attn.position.attentiontoy': 0.25,
+        'blocks.1.attn.position.attentiontoy': 0.5,
+    }
+    tables = {f'{name}.ramp' for name in scales}
     assert model.no_weight_decay() == tables | {'pos_embed', 'cls_token', 'reg_token', 'dist_token'}
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     found = {id(p): (group['lr_scale'], group['weight_decay']) for group in groups for p in group['params']}
-    scales = {'position.toy': 0.125, 'blocks.0.attn.position.toy': 0.25, 'blocks.1.attn.position.toy': 0.5}
     for name, scale in scales.items():
         toy = model.get_submodule(name)
         assert found[id(toy.ramp)] == (scale, 0.0) and found[id(toy.scale.weight)] == (scale, 0.05)
 
 
+def test_every_parameter_gets_a_gradient(tiny_vit, x):
+    model = tiny_vit(BOTH, reg_tokens=2, global_pool='avg')
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize('other', ['sape2', 'learned', 'learned+sape2'])
 def test_composes_with_other_encodings(tiny_vit, x, other):
-    """With its ramp and strength at 0 and its flips undone, only the other encodings are left."""
+    """With ramps and strength at 0 and flips undone, only the other encodings are left."""
 
-    class Silent(Toy):
-        def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-            return query, key
-
+    class SilentTokens(TokenToy):
         def mix_tokens(self, tokens: Tensor, grid: tuple[int, int], block_index: int) -> Tensor | None:
             return tokens * 1
 
-    ENCODINGS['toy'] = Silent
-    both = tiny_vit(f'toy+{other}', position_args={'toy': {'strength': 0.0}}, reg_tokens=2)
+    class SilentAttention(AttentionToy):
+        def rotate(
+            self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
+            return query, key
+
+    ENCODINGS.update(tokentoy=SilentTokens, attentiontoy=SilentAttention)
+    both = tiny_vit(f'{BOTH}+{other}', position_args={'attentiontoy': {'strength': 0.0}}, reg_tokens=2)
     alone = tiny_vit(other, reg_tokens=2)
-    alone.load_state_dict({k: v for k, v in both.state_dict().items() if 'position.toy.' not in k})
+    alone.load_state_dict({k: v for k, v in both.state_dict().items() if 'toy.' not in k})
+    ramps = [parameter for name, parameter in both.named_parameters() if name.endswith('toy.ramp')]
     with torch.no_grad():
-        both.position['toy'].ramp.zero_()
+        for ramp in ramps:
+            ramp.zero_()
     torch.testing.assert_close(both(x), alone(x))
-    with torch.no_grad():
-        both.position['toy'].ramp.normal_()
-    assert (both(x) - alone(x)).abs().max() > 1e-3
+    for ramp in ramps:
+        with torch.no_grad():
+            ramp.normal_()
+        assert (both(x) - alone(x)).abs().max() > 1e-3
+        with torch.no_grad():
+            ramp.zero_()
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 def test_scripts(tiny_vit):
-    model = tiny_vit('toy+sape2', reg_tokens=2, dynamic_img_size=True)
+    model = tiny_vit(f'{BOTH}+sape2', reg_tokens=2, dynamic_img_size=True)
     scripted = torch.jit.script(model)
     for size in ((56, 72), (40, 8)):
         x = torch.randn(2, 3, *size)
@@ -185,10 +236,13 @@ def test_scripts(tiny_vit):
 
 
 def test_unknown_option_lists_its_own(tiny_vit):
-    with pytest.raises(ValueError, match=r"option 'weight' of position encoding 'toy'. Valid options: strength\."):
-        tiny_vit('toy', position_args={'toy': {'weight': 1}})
+    with pytest.raises(ValueError, match=r"option 'weight' of position encoding 'tokentoy'. Valid options: strength\."):
+        tiny_vit('tokentoy', position_args={'tokentoy': {'weight': 1}})
 
 
 def test_patch_dropout_is_refused_by_name(tiny_vit):
-    with pytest.raises(ValueError, match=r"patch_drop_rate=0.5 removes patches, but position encoding 'toy', 'sape2'"):
-        tiny_vit('learned+toy+sape2', patch_drop_rate=0.5)
+    message = r"patch_drop_rate=0.5 removes patches, but position encoding 'attentiontoy', 'sape2'"
+    with pytest.raises(ValueError, match=message):
+        tiny_vit('learned+attentiontoy+sape2', patch_drop_rate=0.5)
+    with pytest.raises(ValueError, match="position encoding 'tokentoy' needs the whole grid"):
+        tiny_vit('tokentoy', patch_drop_rate=0.5)

@@ -25,7 +25,7 @@ def block_outputs(model, x, mixed=True):
     for handle in handles:
         handle.remove()
     if mixed:
-        outputs = [model.mix_tokens(out, (7, 9), i) for i, out in enumerate(outputs)]
+        outputs = [model.position.mix(out, (7, 9), i) for i, out in enumerate(outputs)]
     return features, outputs
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from timm_sape2.ops.sape2.cpu import cpu_attention
 from timm_sape2.ops.sape2.operator import triton_attention
-from timm_sape2.positions import Host
+from timm_sape2.positions import ENCODINGS, HostShape, Positions
 from timm_sape2.positions.sape2 import SaPE2
 
 OPTIONS = (
@@ -51,12 +51,12 @@ def gradients(model, x, **kwargs):
 
 def plainly(model, x, **kwargs):
     """Output and gradients with a stored bias."""
-    names = [block.attn.fused_encoding for block in model.blocks]
+    names = [block.attn.position.fused_encoding for block in model.blocks]
     for block in model.blocks:
-        block.attn.fused_encoding = ''
+        block.attn.position.fused_encoding = ''
     found = gradients(model, x, **kwargs)
     for block, name in zip(model.blocks, names, strict=True):
-        block.attn.fused_encoding = name
+        block.attn.position.fused_encoding = name
     return found
 
 
@@ -145,19 +145,29 @@ def test_dropout_matters_in_training_only(tiny_vit, x, calls):
     assert calls == ['cpu'] * 2
 
 
-class RotatingSaPE2(SaPE2):
-    def rotate(self, query, key, grid):
-        return query, key
+class AnotherSaPE2(SaPE2):
+    pass
 
 
-@pytest.mark.parametrize('kinds', [(SaPE2, SaPE2), (RotatingSaPE2,)])
-def test_rotation_or_another_bias_leaves_the_plain_path(tiny_vit, kinds):
-    attention = tiny_vit('sape2').blocks[0].attn
-    assert attention.fused_encoding == 'sape2'
-    host = Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
-    attention.set_position(nn.ModuleDict({str(i): kind(host) for i, kind in enumerate(kinds)}), 1)
-    assert attention.fused_encoding == ''
+def test_another_bias_leaves_the_plain_path(monkeypatch):
+    monkeypatch.setitem(ENCODINGS, 'another', AnotherSaPE2)
+    host = HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1, block=0)
+    assert Positions({'sape2': {}}, host).fused_encoding == 'sape2'
+    assert Positions({'another': {}, 'sape2': {}}, host).fused_encoding == ''
+    assert Positions({'rope': {}, 'sape2': {}}, host).fused_encoding == 'sape2'
+
+
+def test_rotated_queries_and_keys_reach_the_fused_path(tiny_vit, monkeypatch):
+    given = []
+    monkeypatch.setattr(SaPE2, 'fused_attention', lambda self, *arguments: given.append(arguments))
+    positions = tiny_vit('rope+sape2', reg_tokens=2).blocks[0].attn.position
+    query, key, value = torch.randn(3, 2, 2, 3 + 63, 16)
+    positions.attend(query, key, value, (7, 9))
+    ((*inputs, grid, prefix, rotated),) = given
+    assert inputs == [query, key, value] and (grid, prefix) == ((7, 9), 3)
+    torch.testing.assert_close(rotated, positions.rotate(query, key, (7, 9)))
+    assert not torch.equal(rotated[0], query)
 
 
 def test_no_encoding_no_fused_path(tiny_vit):
-    assert tiny_vit('learned').blocks[0].attn.fused_encoding == ''
+    assert tiny_vit('learned').blocks[0].attn.position.fused_encoding == ''

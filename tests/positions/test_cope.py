@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from timm_sape2.positions import Host
+from timm_sape2.positions import HostShape
 from timm_sape2.positions.cope import ContextualPosition, cope_bias
 
-HOST = Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
+HOST = HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
 
 
 def test_three_patches_by_hand():
@@ -82,7 +82,7 @@ def test_one_table_a_block_shared_by_heads_on_any_grid():
 def test_prefix_tokens_are_not_counted(tiny_vit):
     attention = tiny_vit('cope', reg_tokens=2).blocks[0].attn
     query, key, value = torch.randn(3, 1, 2, 3 + 63, 16)
-    bias = attention.position_bias(query, key, value, (7, 9))
+    bias = attention.position.bias(query, key, value, (7, 9))
     assert (bias[:, :, :3] == 0).all() and (bias[..., :3] == 0).all()
     expected = cope_bias(query[:, :, 3:], key[:, :, 3:], attention.position['cope'].position_table, 0.25)
     assert torch.equal(bias[:, :, 3:, 3:], expected)

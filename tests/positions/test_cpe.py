@@ -4,12 +4,12 @@ import pytest
 import torch
 from timm.models.twins import PosConv
 
-from timm_sape2.positions import Host
+from timm_sape2.positions import HostShape
 from timm_sape2.positions.cpe import ConditionalPosition
 
 
 def encoding(channels=3):
-    return ConditionalPosition(Host(embed_dim=channels, num_heads=1, grid=(7, 9), num_prefix_tokens=1))
+    return ConditionalPosition(HostShape(embed_dim=channels, num_heads=1, grid=(7, 9), num_prefix_tokens=1))
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def test_later_blocks_are_left_alone():
 def test_prefix_tokens_pass_by(tiny_vit):
     model = tiny_vit('cpe', reg_tokens=2)
     tokens = torch.randn(2, 3 + 63, 32)
-    mixed = model.mix_tokens(tokens, (7, 9), 0)
+    mixed = model.position.mix(tokens, (7, 9), 0)
     assert torch.equal(mixed[:, :3], tokens[:, :3])
     assert (mixed[:, 3:] != tokens[:, 3:]).all()
 

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from timm_sape2.models.convert import checkpoint_filter_fn, rename_from_timm_rope
-from timm_sape2.positions import ENCODINGS, Host
+from timm_sape2.positions import ENCODINGS, HostShape
 from timm_sape2.positions.rope import AxialRotaryPosition, MixedRotaryPosition
 
-HOST = Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
+CPU = torch.device('cpu')
+HOST = HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
 
 
 def test_four_channels_by_hand():
     """One frequency, 1: the first two channels turn by the column, the last two by the row."""
-    rope = AxialRotaryPosition(Host(embed_dim=4, num_heads=1, grid=(3, 2), num_prefix_tokens=0))
+    rope = AxialRotaryPosition(HostShape(embed_dim=4, num_heads=1, grid=(3, 2), num_prefix_tokens=0))
     query = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(1, 1, 6, 4)
-    rotated, _ = rope.rotate(query, query, (3, 2))
+    rotated, _ = rope.rotate(query, query, (3, 2), rope.prepare((3, 2), CPU))
     expected = torch.tensor([math.cos(1), math.sin(1), math.cos(2), math.sin(2)])
     torch.testing.assert_close(rotated[0, 0, 2 * 2 + 1], expected)
     assert torch.equal(rotated[0, 0, 0], query[0, 0, 0])
@@ -29,10 +30,10 @@ def test_four_channels_by_hand():
 @torch.no_grad()
 def test_learned_frequencies_by_hand():
     """The angle is the column times the first frequency of the plane plus the row times the second."""
-    rope = MixedRotaryPosition(Host(embed_dim=4, num_heads=1, grid=(3, 2), num_prefix_tokens=0))
+    rope = MixedRotaryPosition(HostShape(embed_dim=4, num_heads=1, grid=(3, 2), num_prefix_tokens=0))
     rope.freqs.copy_(torch.tensor([[[0.3, 0.5]], [[0.1, -0.2]]]))
     query = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(1, 1, 6, 4)
-    rotated, _ = rope.rotate(query, query, (3, 2))
+    rotated, _ = rope.rotate(query, query, (3, 2), rope.prepare((3, 2), CPU))
     expected = torch.tensor([math.cos(0.5), math.sin(0.5), math.cos(0.1), math.sin(0.1)])
     torch.testing.assert_close(rotated[0, 0, 2 * 2 + 1], expected)
 
@@ -44,7 +45,8 @@ def test_products_of_rotated_queries_and_keys_depend_on_distance_alone(name, row
     down, right = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
     rope = ENCODINGS[name](HOST)
     query, key = (torch.randn(16).expand(1, 2, rows * columns, 16) for _ in range(2))
-    query, key = (x.reshape(2, rows, columns, 16) for x in rope.rotate(query, key, (rows, columns)))
+    rotated = rope.rotate(query, key, (rows, columns), rope.prepare((rows, columns), CPU))
+    query, key = (x.reshape(2, rows, columns, 16) for x in rotated)
     products = torch.einsum('hrcd,hsed->hrcse', query, key)
     near = products[:, : rows - down, : columns - right, : rows - down, : columns - right]
     torch.testing.assert_close(products[:, down:, right:, down:, right:], near, rtol=1e-4, atol=1e-4)
@@ -55,7 +57,7 @@ def test_prefix_tokens_are_not_rotated(tiny_vit):
     for name in ('rope', 'rope_mixed'):
         attention = tiny_vit(name, reg_tokens=2).blocks[0].attn
         query, key = torch.randn(2, 1, 2, 3 + 63, 16)
-        for before, after in zip((query, key), attention.rotate(query, key, (7, 9)), strict=True):
+        for before, after in zip((query, key), attention.position.rotate(query, key, (7, 9)), strict=True):
             assert torch.equal(before[:, :, :3], after[:, :, :3])
             assert not torch.allclose(before[:, :, 4:], after[:, :, 4:])
 
@@ -128,7 +130,7 @@ class TestTimm:
         torch.testing.assert_close(self.ours(model, tmp_path, **arguments)(images), expected, rtol=1e-4, atol=1e-4)
         plain = self.ours(model, tmp_path, **arguments)
         for block in plain.blocks:
-            block.attn.rotates = False
+            block.attn.position.rotates = False
         assert (plain(images) - expected).abs().max() > 1e-2
 
     @pytest.mark.parametrize(('name', 'arguments'), MODELS[:2])

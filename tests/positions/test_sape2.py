@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from timm_sape2.ops.sape2 import sape2_bias
-from timm_sape2.positions import Host
+from timm_sape2.positions import HostShape
 from timm_sape2.positions.sape2 import SaPE2
 
-HOST = Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
+HOST = HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
 
 
 def inputs(grid=(7, 9), dtype=torch.float32):

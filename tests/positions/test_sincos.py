@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from timm_sape2.positions import Host
+from timm_sape2.positions import HostShape
 from timm_sape2.positions.sincos import SinCosPosition, sincos_embedding
 
 CPU = torch.device('cpu')
@@ -50,10 +50,10 @@ def test_is_added_to_patches_and_the_class_token_gets_none():
 
 
 def test_nothing_is_learned_or_stored():
-    encoding = SinCosPosition(Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1))
+    encoding = SinCosPosition(HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1))
     assert not list(encoding.parameters()) and not list(encoding.buffers())
 
 
 def test_channels_must_be_divisible_by_four():
     with pytest.raises(ValueError, match=r"position='sincos' needs an embed_dim divisible by 4, .* got 6"):
-        SinCosPosition(Host(embed_dim=6, num_heads=2, grid=(7, 9), num_prefix_tokens=1))
+        SinCosPosition(HostShape(embed_dim=6, num_heads=2, grid=(7, 9), num_prefix_tokens=1))

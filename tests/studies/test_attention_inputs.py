@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from timm_sape2.models.vit import PositionAttention
+from timm_sape2.positions import Positions
 from timm_sape2.studies.attention_inputs import record_attention_inputs
 
 
 @pytest.mark.parametrize('qk_norm', [False, True])
 def test_it_is_what_attention_is_computed_from(monkeypatch, tiny_vit, qk_norm):
     """Same queries, keys, values and grid as in forward, with prefix tokens, on a 7x9 grid."""
-    used, fused_attention = [], PositionAttention.fused_attention
+    used, attend = [], Positions.attend
 
     def spy(self, *inputs):
         used.append(inputs)
-        return fused_attention(self, *inputs)
+        return attend(self, *inputs)
 
-    monkeypatch.setattr(PositionAttention, 'fused_attention', spy)
+    monkeypatch.setattr(Positions, 'attend', spy)
     model = tiny_vit('sape2', reg_tokens=2, qk_norm=qk_norm)
     recorded = record_attention_inputs(model, torch.randn(2, 3, 56, 72))
     assert list(recorded) == [0, 1]

@@ -8,8 +8,7 @@ import torch
 from matplotlib.colors import Normalize
 from torch import nn
 
-from timm_sape2.models.vit import PositionAttention
-from timm_sape2.positions import ENCODINGS, PositionEncoding
+from timm_sape2.positions import ENCODINGS, PositionEncoding, Positions
 from timm_sape2.studies.bias_maps import (
     BiasMap,
     attention_biases,
@@ -25,10 +24,12 @@ from timm_sape2.studies.variants import use_reference
 class Numbered(PositionEncoding):
     """The bias from patch i to patch j is N * i + j."""
 
+    place = 'block'
+
     def __init__(self, host, *, device=None, dtype=None):
         super().__init__()
 
-    def attention_bias(self, query, key, value, grid):
+    def attention_bias(self, query, key, value, grid, shared=None):
         length = query.shape[2]
         return torch.arange(float(length**2)).reshape(length, length)
 
@@ -38,7 +39,7 @@ class NumberedWithPrefix(Numbered):
 
     bias_has_prefix_tokens = True
 
-    def attention_bias(self, query, key, value, grid):
+    def attention_bias(self, query, key, value, grid, shared=None):
         length = grid[0] * grid[1] + 3
         return torch.arange(float(length**2)).reshape(1, 1, length, length)
 
@@ -74,13 +75,13 @@ class TestBias:
 
     @pytest.mark.parametrize('size', [(56, 72), (8, 40), (112, 112)])
     def test_map_of_a_query_is_its_row_of_the_bias(self, monkeypatch, size):
-        used, position_bias = [], PositionAttention.position_bias
+        used, position_bias = [], Positions.bias
 
         def spy(self, *inputs):
             used.append(position_bias(self, *inputs))
             return used[-1]
 
-        monkeypatch.setattr(PositionAttention, 'position_bias', spy)
+        monkeypatch.setattr(Positions, 'bias', spy)
         model, images = vit('learned+sape2', size), torch.randn(2, 3, *size)
         use_reference(model)
         with torch.inference_mode():

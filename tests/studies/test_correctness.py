@@ -78,7 +78,7 @@ def test_models_pass(tiny_vit, position):
     with torch.inference_mode():
         check_against_reference(position, model, model, images, 1e-5)
         check_fused(position, model, images, 1e-5)
-    assert all(block.attn.fused_encoding == ('sape2' if 'sape2' in position else '') for block in model.blocks)
+    assert all(block.attn.position.fused_encoding == ('sape2' if 'sape2' in position else '') for block in model.blocks)
 
 
 @pytest.mark.parametrize('wrong', [lambda x: x * 1.01, torch.zeros_like, lambda x: x * torch.nan])

@@ -42,7 +42,7 @@ def test_wrong_names(name, message):
 def test_implementations(name, fused, recompute):
     model = create_variant('test_vit_sape2', parse_variant(name), '32/8', CPU)
     for block in model.blocks:
-        assert block.attn.fused_encoding == fused
+        assert block.attn.position.fused_encoding == fused
         assert block.attn.position['sape2'].recompute is recompute
 
 

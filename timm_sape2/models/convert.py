@@ -5,8 +5,9 @@ import math
 import re
 from typing import Any
 
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
+from timm.layers import HybridEmbed, resample_abs_pos_embed, resample_patch_embed, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as convert_to_timm
 from torch import Tensor
 
 from ..positions import PositionEncoding
@@ -38,12 +39,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
     """
     for wrapper in ('model', 'state_dict'):
         state_dict = state_dict.get(wrapper, state_dict)
-    state_dict = rename_from_timm_rope(rename_from_authors(state_dict))
+    state_dict = rename_from_timm_rope(rename_from_authors(convert_layout(state_dict, model)))
     patch_weight = state_dict.get('patch_embed.proj.weight')
     if patch_weight is None or patch_weight.ndim != 4:
         raise ValueError('The checkpoint does not fit, it has no convolution patch_embed.proj.weight.')
 
-    source_grid = declared_grid(model, to_2tuple(tuple(patch_weight.shape[-2:])))
+    source_grid = declared_grid(model, tuple(patch_weight.shape[-2:]))
     check_prefix_tokens(state_dict, model, source_grid)
     if model.pos_embed is not None and 'pos_embed' in state_dict:
         num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -67,6 +68,26 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
     adapt_encodings(state_dict, model, source_grid)
     check_fit(state_dict, model)
     return state_dict
+
+
+class _WithoutResampling:
+    """A model as timm's checkpoint filter sees it when it is to leave position embeddings alone."""
+
+    pos_embed = None
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def convert_layout(state_dict: StateDict, model: VisionTransformer) -> StateDict:
+    """Return a checkpoint in timm's layout, by timm's own filter, if it comes in that of DINOv2, CLIP, OpenCLIP, ..."""
+    patch_weight = state_dict.get('patch_embed.proj.weight')
+    if patch_weight is not None and patch_weight.ndim == 4 and 'mask_token' not in state_dict:
+        return state_dict
+    return convert_to_timm(state_dict, _WithoutResampling(model))
 
 
 def rename_from_authors(state_dict: StateDict) -> StateDict:
@@ -114,7 +135,7 @@ def declared_grid(model: VisionTransformer, patch_size: Grid) -> Grid | None:
 
     Args:
         model: Model with the source's `pretrained_model_args` and `pretrained_cfg`, as timm sets them.
-        patch_size: Patch size of the checkpoint.
+        patch_size: Patch size of the checkpoint, in pixels of a hybrid's feature map.
 
     Returns:
         Rows and columns, or None if there is no configuration.
@@ -125,6 +146,8 @@ def declared_grid(model: VisionTransformer, patch_size: Grid) -> Grid | None:
     if size is None:
         return None
     height, width = to_2tuple(size)
+    if isinstance(model.patch_embed, HybridEmbed):
+        height, width = height // model.patch_embed.feature_ratio[0], width // model.patch_embed.feature_ratio[1]
     return height // patch_size[0], width // patch_size[1]
 
 
@@ -234,7 +257,7 @@ def check_fit(state_dict: StateDict, model: VisionTransformer) -> None:
 
     def fits(key: str) -> bool:
         shape, wanted = tuple(state_dict[key].shape), tuple(expected[key].shape)
-        if key == 'patch_embed.proj.weight' and source_chans != model.in_chans:
+        if key == f'{cfg.get("first_conv")}.weight' and source_chans != model.in_chans:
             return shape in (wanted, (wanted[0], source_chans, *wanted[2:]))
         return shape == wanted
 

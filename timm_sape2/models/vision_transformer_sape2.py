@@ -1,12 +1,28 @@
 """Models registered with timm: SaPE2 vision transformers, and the same transformer with other position encodings."""
 
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    register_model,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 
+from ..positions import ENCODINGS
 from .convert import checkpoint_filter_fn
+from .equip import SOURCES, equip
 from .vit import PositionVisionTransformer
 
 HUB_CONFIGS = Path(__file__).parents[2] / 'hub_configs'  # in a checkout
@@ -36,6 +52,19 @@ def _cfg_32(**kwargs: Any) -> dict[str, Any]:
     return _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD, **kwargs)
 
 
+TINY = dict(embed_dim=192, depth=12, num_heads=3)
+SMALL = dict(embed_dim=384, depth=12, num_heads=6)
+BASE = dict(embed_dim=768, depth=12, num_heads=12)
+LARGE = dict(embed_dim=1024, depth=24, num_heads=16)
+COMPACT = dict(embed_dim=128, depth=6, num_heads=4, mlp_ratio=2.0)  # 0.82 M parameters, trains on a laptop
+
+# the same transformer with each position encoding: name, arguments, configuration, description
+COMPARED: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]], str]] = {
+    'vit_small_pos_{}': (dict(patch_size=16, **SMALL), _cfg, 'ViT-S/16'),
+    'vit_compact_pos_{}_patch4_32': (dict(patch_size=4, **COMPACT), _cfg_32, 'Compact ViT/4 at 32x32'),
+    'vit_small_pos_{}_patch4_32': (dict(patch_size=4, **SMALL), _cfg_32, 'ViT-S/4 at 32x32'),
+}
+
 default_cfgs = generate_default_cfgs(
     {
         'vit_tiny_sape2.untrained': _cfg(),
@@ -45,42 +74,11 @@ default_cfgs = generate_default_cfgs(
         'vit_compact_sape2_patch4_32.untrained': _cfg_32(),
         'vit_tiny_sape2_patch4_32.untrained': _cfg_32(),
         'vit_small_sape2_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_nope.untrained': _cfg(),
-        'vit_small_pos_learned.untrained': _cfg(),
-        'vit_small_pos_sincos.untrained': _cfg(),
-        'vit_small_pos_relbias.untrained': _cfg(),
-        'vit_small_pos_cpe.untrained': _cfg(),
-        'vit_small_pos_rope.untrained': _cfg(),
-        'vit_small_pos_rope_mixed.untrained': _cfg(),
-        'vit_small_pos_cope.untrained': _cfg(),
-        'vit_small_pos_sape2.untrained': _cfg(),
-        'vit_compact_pos_nope_patch4_32.untrained': _cfg_32(),
-        'vit_compact_pos_learned_patch4_32.untrained': _cfg_32(),
-        'vit_compact_pos_sincos_patch4_32.untrained': _cfg_32(),
-        'vit_compact_pos_relbias_patch4_32.untrained': _cfg_32(),
-        'vit_compact_pos_cpe_patch4_32.untrained': _cfg_32(),
-        'vit_compact_pos_rope_patch4_32.untrained': _cfg_32(),
-        'vit_compact_pos_rope_mixed_patch4_32.untrained': _cfg_32(),
-        'vit_compact_pos_cope_patch4_32.untrained': _cfg_32(),
-        'vit_compact_pos_sape2_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_nope_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_learned_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_sincos_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_relbias_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_cpe_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_rope_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_rope_mixed_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_cope_patch4_32.untrained': _cfg_32(),
-        'vit_small_pos_sape2_patch4_32.untrained': _cfg_32(),
+        'vit_equipped.untrained': _cfg(),
         'test_vit_sape2.untrained': _cfg(input_size=(3, 64, 64), crop_pct=0.95),
+        **{f'{form.format(name)}.untrained': cfg() for form, (_, cfg, _) in COMPARED.items() for name in ENCODINGS},
     }
 )
-
-TINY = dict(embed_dim=192, depth=12, num_heads=3)
-SMALL = dict(embed_dim=384, depth=12, num_heads=6)
-BASE = dict(embed_dim=768, depth=12, num_heads=12)
-LARGE = dict(embed_dim=1024, depth=24, num_heads=16)
-COMPACT = dict(embed_dim=128, depth=6, num_heads=4, mlp_ratio=2.0)  # 0.82 M parameters, trains on a laptop
 
 
 def check_has_weights(variant: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> None:
@@ -160,196 +158,75 @@ def vit_small_sape2_patch4_32(pretrained: bool = False, **kwargs: Any) -> Positi
 
 
 @register_model
-def vit_small_pos_nope(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 without position encoding."""
-    model_args = dict(patch_size=16, position='nope', **SMALL)
-    return _create('vit_small_pos_nope', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_learned(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 with learned absolute position embeddings."""
-    model_args = dict(patch_size=16, position='learned', **SMALL)
-    return _create('vit_small_pos_learned', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_sincos(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 with fixed sinusoidal position embeddings."""
-    model_args = dict(patch_size=16, position='sincos', **SMALL)
-    return _create('vit_small_pos_sincos', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_relbias(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 with relative position bias."""
-    model_args = dict(patch_size=16, position='relbias', **SMALL)
-    return _create('vit_small_pos_relbias', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_cpe(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 with conditional position encoding."""
-    model_args = dict(patch_size=16, position='cpe', **SMALL)
-    return _create('vit_small_pos_cpe', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_rope(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 with axial rotary position encoding."""
-    model_args = dict(patch_size=16, position='rope', **SMALL)
-    return _create('vit_small_pos_rope', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_rope_mixed(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 with mixed rotary position encoding."""
-    model_args = dict(patch_size=16, position='rope_mixed', **SMALL)
-    return _create('vit_small_pos_rope_mixed', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_cope(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 with contextual position encoding (CoPE)."""
-    model_args = dict(patch_size=16, position='cope', **SMALL)
-    return _create('vit_small_pos_cope', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_sape2(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/16 with SaPE2 alone."""
-    model_args = dict(patch_size=16, position='sape2', **SMALL)
-    return _create('vit_small_pos_sape2', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_nope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 without position encoding."""
-    model_args = dict(patch_size=4, position='nope', **COMPACT)
-    return _create('vit_compact_pos_nope_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_learned_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 with learned absolute position embeddings."""
-    model_args = dict(patch_size=4, position='learned', **COMPACT)
-    return _create('vit_compact_pos_learned_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_sincos_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 with fixed sinusoidal position embeddings."""
-    model_args = dict(patch_size=4, position='sincos', **COMPACT)
-    return _create('vit_compact_pos_sincos_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_relbias_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 with relative position bias."""
-    model_args = dict(patch_size=4, position='relbias', **COMPACT)
-    return _create('vit_compact_pos_relbias_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_cpe_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 with conditional position encoding."""
-    model_args = dict(patch_size=4, position='cpe', **COMPACT)
-    return _create('vit_compact_pos_cpe_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_rope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 with axial rotary position encoding."""
-    model_args = dict(patch_size=4, position='rope', **COMPACT)
-    return _create('vit_compact_pos_rope_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_rope_mixed_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 with mixed rotary position encoding."""
-    model_args = dict(patch_size=4, position='rope_mixed', **COMPACT)
-    return _create('vit_compact_pos_rope_mixed_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_cope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 with contextual position encoding (CoPE)."""
-    model_args = dict(patch_size=4, position='cope', **COMPACT)
-    return _create('vit_compact_pos_cope_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_compact_pos_sape2_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """Compact ViT/4 at 32x32 with SaPE2 alone."""
-    model_args = dict(patch_size=4, position='sape2', **COMPACT)
-    return _create('vit_compact_pos_sape2_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_nope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 without position encoding."""
-    model_args = dict(patch_size=4, position='nope', **SMALL)
-    return _create('vit_small_pos_nope_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_learned_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 with learned absolute position embeddings."""
-    model_args = dict(patch_size=4, position='learned', **SMALL)
-    return _create('vit_small_pos_learned_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_sincos_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 with fixed sinusoidal position embeddings."""
-    model_args = dict(patch_size=4, position='sincos', **SMALL)
-    return _create('vit_small_pos_sincos_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_relbias_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 with relative position bias."""
-    model_args = dict(patch_size=4, position='relbias', **SMALL)
-    return _create('vit_small_pos_relbias_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_cpe_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 with conditional position encoding."""
-    model_args = dict(patch_size=4, position='cpe', **SMALL)
-    return _create('vit_small_pos_cpe_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_rope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 with axial rotary position encoding."""
-    model_args = dict(patch_size=4, position='rope', **SMALL)
-    return _create('vit_small_pos_rope_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_rope_mixed_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 with mixed rotary position encoding."""
-    model_args = dict(patch_size=4, position='rope_mixed', **SMALL)
-    return _create('vit_small_pos_rope_mixed_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_cope_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 with contextual position encoding (CoPE)."""
-    model_args = dict(patch_size=4, position='cope', **SMALL)
-    return _create('vit_small_pos_cope_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vit_small_pos_sape2_patch4_32(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
-    """ViT-S/4 at 32x32 with SaPE2 alone."""
-    model_args = dict(patch_size=4, position='sape2', **SMALL)
-    return _create('vit_small_pos_sape2_patch4_32', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
 def test_vit_sape2(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
     """Tiny ViT with SaPE2 and learned absolute position embeddings, for tests."""
     model_args = dict(patch_size=16, embed_dim=64, depth=3, num_heads=2, position='learned+sape2')
     return _create('test_vit_sape2', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_equipped(
+    pretrained: bool = False,
+    base: str = 'vit_tiny_patch16_224',
+    position: str = 'learned+sape2',
+    position_args: Mapping[str, Any] | None = None,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> PositionVisionTransformer:
+    """Any plain vision transformer of timm, `base`, with another position encoding; see `timm_sape2.equip`.
+
+    With `pretrained`, the weights are those that the configuration or its overlay names (a checkpoint of the base or of
+    the equipped model), else those of the base.
+    """
+    architecture, _ = split_model_name_tag(base)
+    if not is_model(architecture) or architecture == 'vit_equipped':
+        close = difflib.get_close_matches(architecture, list_models('*vit*'), n=3)
+        hint = f'; close names: {", ".join(close)}' if close else ''
+        raise ValueError(f'base={base!r} is not a vision transformer of timm{hint}.')
+    cfg = resolve_pretrained_cfg('vit_equipped', pretrained_cfg, pretrained_cfg_overlay)
+    if cfg.tag == 'untrained':
+        cfg = _cfg_of_base(base, cfg)
+    has_weights = bool(cfg.has_weights or cfg.state_dict)
+
+    def build(**model_args: Any) -> PositionVisionTransformer:
+        base_pretrained = pretrained and not has_weights
+        model = timm.create_model(base, pretrained=base_pretrained, cache_dir=cache_dir, **model_args)
+        return equip(model, position, position_args)
+
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        build,
+        'vit_equipped',
+        pretrained and has_weights,
+        pretrained_cfg=cfg.to_dict(),
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+
+
+def _cfg_of_base(base: str, cfg: PretrainedCfg) -> PretrainedCfg:
+    """The configuration of a base without its weights, and with what `cfg` has been told beyond its defaults."""
+    default = dataclasses.asdict(get_pretrained_cfg('vit_equipped.untrained') or PretrainedCfg())
+    told = {key: value for key, value in dataclasses.asdict(cfg).items() if value != default[key]}
+    cfg_of_base = get_pretrained_cfg(base) or PretrainedCfg()
+    without_weights = {key: getattr(PretrainedCfg(), key) for key in SOURCES}
+    return dataclasses.replace(cfg_of_base, **{**without_weights, 'tag': None, **told, 'architecture': 'vit_equipped'})
+
+
+def _compared(name: str, position: str, model_args: Mapping[str, Any], description: str) -> Callable[..., Any]:
+    def create(pretrained: bool = False, **kwargs: Any) -> PositionVisionTransformer:
+        return _create(name, pretrained, **{**model_args, 'position': position, **kwargs})
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f'{description} with position={position!r}, for comparisons.'
+    return create
+
+
+for _form, (_args, _, _description) in COMPARED.items():
+    for _position in ENCODINGS:
+        _name = _form.format(_position)
+        globals()[_name] = register_model(_compared(_name, _position, _args, _description))

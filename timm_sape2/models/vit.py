@@ -1,19 +1,18 @@
 """One vision transformer with swappable position encodings: model, block, attention."""
 
+import logging
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     Attention,
+    HybridEmbed,
     is_exporting,
-    maybe_add_mask,
     register_notrace_function,
-    resolve_self_attn_mask,
     to_2tuple,
+    trunc_normal_,
 )
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -21,31 +20,16 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .._compat import feature_take_indices
-from ..positions import ENCODINGS, Host, PositionEncoding, build_encodings, parse_position
-from .convert import checkpoint_filter_fn
+from ..positions import ENCODINGS, HostShape, Positions, parse_position
+from ..positions.base import GRID_HOOKS
 
-__all__ = ['PositionAttention', 'PositionBlock', 'PositionVisionTransformer', 'checkpoint_filter_fn']
+_logger = logging.getLogger(__name__)
 
-TOKEN_HOOKS = ('add_to_tokens', 'mix_tokens')
-ATTENTION_HOOKS = ('rotate', 'attention_bias')
-GRID_HOOKS = ('mix_tokens', 'rotate', 'attention_bias')
 POSITION_TABLE = re.compile(r'(^|\.)position\.\w+\.\w+$')
 
 
 class PositionAttention(Attention):
-    """timm's multi-head self-attention with the attention hooks of position encodings."""
-
-    __constants__ = ('has_bias', 'num_prefix_tokens', 'rotates')  # TorchScript drops the branches not taken
-
-    def set_position(self, position: nn.ModuleDict, num_prefix_tokens: int) -> None:
-        """Install encodings, called once by the block after construction."""
-        self.position = position
-        self.num_prefix_tokens = num_prefix_tokens
-        self.rotates = any(encoding.overrides('rotate') for encoding in position.values())
-        biased = [name for name, encoding in position.items() if encoding.overrides('attention_bias')]
-        self.has_bias = len(biased) > 0
-        can_fuse = len(biased) == 1 and not self.rotates and position[biased[0]].overrides('fused_attention')
-        self.fused_encoding = biased[0] if can_fuse else ''
+    """timm's multi-head self-attention, which leaves the attending to `position`, the `Positions` of its block."""
 
     def forward(
         self,
@@ -53,6 +37,7 @@ class PositionAttention(Attention):
         grid: tuple[int, int],
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        shared: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Attend over prefix and patch tokens.
 
@@ -62,6 +47,7 @@ class PositionAttention(Attention):
             attn_mask: Mask as in timm, boolean (True attends) or additive, broadcastable to (B, h, P + N, P + N).
                 Masked tokens still take part in content-based positions such as those of SaPE2.
             is_causal: Mask later tokens; as in timm it takes precedence over `attn_mask`.
+            shared: What the attentions of all blocks share, computed if it is not given.
 
         Returns:
             Tokens, (B, P + N, C).
@@ -71,87 +57,27 @@ class PositionAttention(Attention):
         query, key, value = qkv.unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
 
-        if not torch.jit.is_scripting():
-            fused = None if attn_mask is not None or is_causal else self.fused_attention(query, key, value, grid)
-            if fused is not None:
-                return self.project(fused)
-        if self.has_bias:
-            bias = self.position_bias(query, key, value, grid)
-            attn_mask = maybe_add_mask(bias, resolve_self_attn_mask(length, bias, attn_mask, is_causal))
-            is_causal = False
-        if self.rotates:
-            query, key = self.rotate(query, key, grid)
-
         if self.fused_attn:
-            x = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=attn_mask,
-                dropout_p=self.attn_drop.p if self.training else 0.0,
-                is_causal=bool(is_causal) if torch.jit.is_tracing() else is_causal,  # the old ONNX exporter: a tensor
-            )
+            dropout_p = self.attn_drop.p if self.training else 0.0
+            mixed = self.position.attend(query, key, value, grid, shared, attn_mask, is_causal, dropout_p)
         else:
-            attn = (query * self.scale) @ key.transpose(-2, -1)
-            attn = maybe_add_mask(attn, resolve_self_attn_mask(length, attn, attn_mask, is_causal))
+            attn = self.position.logits(query, key, value, grid, self.scale, shared, attn_mask, is_causal)
             attn = self.attn_drop(attn.softmax(dim=-1))
-            x = attn @ value
-        return self.project(x)
+            mixed = attn @ value
 
-    def project(self, x: Tensor) -> Tensor:
-        """Join the heads of the attention output (B, h, P + N, d) and project them."""
-        x = x.transpose(1, 2)
-        if self.has_bias and is_exporting():
-            # the strides that fused attention has at export time are not those of its decomposition
-            x = x.clone(memory_format=torch.contiguous_format)
-        x = self.norm(x.flatten(2))
-        x = self.proj(x)
-        return self.proj_drop(x)
-
-    def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """Attention without a stored bias, (B, h, P + N, d), where an encoding offers it."""
-        if not (self.fused_encoding and self.fused_attn) or (self.training and self.attn_drop.p > 0):
-            return None
-        return self.position[self.fused_encoding].fused_attention(query, key, value, grid, self.num_prefix_tokens)
-
-    def position_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Sum of all encodings' biases, 0 for prefix tokens, broadcastable to (B, h, P + N, P + N)."""
-        prefix = self.num_prefix_tokens
-        query, key, value = query[:, :, prefix:], key[:, :, prefix:], value[:, :, prefix:]
-        total: Tensor | None = None
-        for encoding in self.position.values():
-            bias = encoding.attention_bias(query, key, value, grid)
-            if bias is not None:
-                if prefix > 0 and not encoding.bias_has_prefix_tokens:
-                    bias = F.pad(bias, [prefix, 0, prefix, 0])
-                total = bias if total is None else total + bias
-        assert total is not None
-        return total
-
-    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Rotate the queries and keys of patches, (B, h, P + N, d) each."""
-        prefix = self.num_prefix_tokens
-        patch_query, patch_key = query[:, :, prefix:], key[:, :, prefix:]
-        for encoding in self.position.values():
-            patch_query, patch_key = encoding.rotate(patch_query, patch_key, grid)
-        if prefix == 0:
-            return patch_query, patch_key
-        return torch.cat([query[:, :, :prefix], patch_query], dim=2), torch.cat([key[:, :, :prefix], patch_key], dim=2)
+        mixed = mixed.transpose(1, 2)
+        if self.position.has_bias and is_exporting():
+            # the strides that fused attention has at export time are not those of its decomposition, so that a view
+            # of its output would not run
+            mixed = mixed.clone(memory_format=torch.contiguous_format)
+        mixed = self.norm(mixed.flatten(2))
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(mixed))
 
 
 class PositionBlock(Block):
-    """timm's pre-norm block, which passes the grid on to its attention.
-
-    Args:
-        position: Options of each encoding by name.
-        host: The model that the block belongs to.
-        **kwargs: Arguments of timm's `Block`.
-    """
-
-    def __init__(self, *, position: Mapping[str, Mapping[str, Any]], host: Host, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
-        self.attn.set_position(build_encodings(position, ATTENTION_HOOKS, host, **dd), host.num_prefix_tokens)
+    """timm's pre-norm block, which passes the grid on to its attention."""
 
     def forward(
         self,
@@ -159,9 +85,10 @@ class PositionBlock(Block):
         grid: tuple[int, int],
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        shared: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Apply attention and MLP to tokens (B, P + N, C) of a grid with N patches."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, attn_mask, is_causal)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, attn_mask, is_causal, shared)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
@@ -174,11 +101,6 @@ class PositionVisionTransformer(VisionTransformer):
         patch_size: Patch size, one number or (height, width).
         position: Names of encodings joined by '+': 'nope', 'learned', 'sape2', 'learned+sape2', ...
         position_args: Options by encoding, such as `{'sape2': {'target': 'q'}}`.
-        embed_dim: Channels of a token.
-        num_heads: Attention heads.
-        class_token: Prepend a class token.
-        reg_tokens: Number of register tokens after the class token.
-        dynamic_img_size: Accept any image size that the patch size divides.
         dynamic_img_pad: With `dynamic_img_size`, pad other sizes instead of refusing them.
         patch_drop_rate: Patch dropout, refused for encodings that need the whole grid.
         **kwargs: The other arguments of timm's `VisionTransformer`.
@@ -189,8 +111,9 @@ class PositionVisionTransformer(VisionTransformer):
         TypeError: An argument that the encoding decides: `pos_embed`, `block_fn` or `attn_layer`.
     """
 
-    dynamic_img_pad: Final[bool]
+    any_size: Final[bool]
     mixes_tokens: Final[bool]
+    shares_positions: Final[bool]
 
     def __init__(
         self,
@@ -199,11 +122,6 @@ class PositionVisionTransformer(VisionTransformer):
         *,
         position: str = 'learned+sape2',
         position_args: Mapping[str, Any] | None = None,
-        embed_dim: int = 768,
-        num_heads: int = 12,
-        class_token: bool = True,
-        reg_tokens: int = 0,
-        dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
         patch_drop_rate: float = 0.0,
         **kwargs: Any,
@@ -212,44 +130,21 @@ class PositionVisionTransformer(VisionTransformer):
         if refused:
             raise TypeError(f'{", ".join(refused)}: not an argument of this model, use position and position_args.')
         options = parse_position(position, position_args)
-        encodings = {name: ENCODINGS[name] for name in options}
-        if patch_drop_rate > 0:
-            needs_grid = [name for name, encoding in encodings.items() if encoding.overrides(*GRID_HOOKS)]
-            if needs_grid:
-                raise ValueError(
-                    f'patch_drop_rate={patch_drop_rate} removes patches, but position encoding '
-                    f'{", ".join(map(repr, needs_grid))} needs the whole grid; use patch_drop_rate=0.'
-                )
-        (height, width), (patch_height, patch_width) = to_2tuple(img_size), to_2tuple(patch_size)
-        dynamic_img_pad = dynamic_img_pad and dynamic_img_size
-        check_divisible((height, width), (patch_height, patch_width), dynamic_img_pad)
-        host = Host(
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            grid=(height // patch_height, width // patch_width),
-            num_prefix_tokens=int(class_token) + reg_tokens,
-        )
+        check_patch_dropout(patch_drop_rate, options)
+        image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+        dynamic_img_pad = dynamic_img_pad and kwargs.get('dynamic_img_size', False)
+        check_divisible(image, patch, dynamic_img_pad)
         super().__init__(
-            img_size=(height, width),
-            patch_size=(patch_height, patch_width),
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            class_token=class_token,
-            reg_tokens=reg_tokens,
-            pos_embed='learn' if any(e.has_learned_embedding for e in encodings.values()) else 'none',
-            dynamic_img_size=dynamic_img_size,
+            img_size=image,
+            patch_size=patch,
+            pos_embed='learn' if any(ENCODINGS[name].has_learned_embedding for name in options) else 'none',
             dynamic_img_pad=dynamic_img_pad,
             patch_drop_rate=patch_drop_rate,
-            block_fn=partial(PositionBlock, position=options, host=host),
+            block_fn=PositionBlock,
             attn_layer=PositionAttention,
             **kwargs,
         )
-        self.blocks = nn.ModuleList(self.blocks)
-        self.dynamic_img_pad = dynamic_img_pad
-        self.position_name = position
-        dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
-        self.position = build_encodings(options, TOKEN_HOOKS, host, **dd)
-        self.mixes_tokens = any(type(encoding).overrides('mix_tokens') for encoding in self.position.values())
+        install(self, options)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -279,10 +174,10 @@ class PositionVisionTransformer(VisionTransformer):
         """
         image = to_2tuple(img_size or self.patch_embed.img_size)
         patch = to_2tuple(patch_size or self.patch_embed.patch_size)
-        check_divisible(image, patch, self.dynamic_img_pad)
+        check_divisible(image, patch, self.any_size)
         super().set_input_size(img_size=image, patch_size=None if patch_size is None else patch)
         for module in self.modules():
-            if isinstance(module, PositionEncoding):
+            if isinstance(module, Positions):
                 module.set_grid(self.patch_embed.grid_size)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -299,7 +194,7 @@ class PositionVisionTransformer(VisionTransformer):
         """
         patch_embed = self.patch_embed
         check_images(
-            x, self.in_chans, patch_embed.img_size, patch_embed.patch_size, self.dynamic_img_size, self.dynamic_img_pad
+            x, self.in_chans, patch_embed.img_size, patch_embed.patch_size, self.dynamic_img_size, self.any_size
         )
         x = patch_embed(x)
         if self.dynamic_img_size:
@@ -308,8 +203,7 @@ class PositionVisionTransformer(VisionTransformer):
         else:
             grid = patch_embed.grid_size
             tokens = x
-        for encoding in self.position.values():
-            tokens = encoding.add_to_tokens(tokens, grid)
+        tokens = self.position.add(tokens, grid)
         x = self._pos_embed(tokens.reshape(x.shape))
         x = self.patch_drop(x)
         return self.norm_pre(x), grid
@@ -325,26 +219,20 @@ class PositionVisionTransformer(VisionTransformer):
     ) -> tuple[Tensor, list[Tensor]]:
         """Apply the first `depth` blocks and return the tokens with the outputs of the blocks listed in `keep`."""
         kept: list[Tensor] = []
+        shared: dict[str, Tensor] = {}
+        if self.shares_positions:
+            shared = self.blocks[0].attn.position.prepare(grid, x.device)
         for i, block in enumerate(self.blocks):
-            if i < depth:
+            if i < depth:  # TorchScript iterates over all modules of a list
                 if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint(block, x, grid, attn_mask, is_causal)
+                    x = checkpoint(block, x, grid, attn_mask, is_causal, shared)
                 else:
-                    x = block(x, grid, attn_mask, is_causal)
+                    x = block(x, grid, attn_mask, is_causal, shared)
                 if self.mixes_tokens:
-                    x = self.mix_tokens(x, grid, i)
+                    x = self.position.mix(x, grid, i)
                 if i in keep:
                     kept.append(x)
         return x, kept
-
-    def mix_tokens(self, x: Tensor, grid: tuple[int, int], block_index: int) -> Tensor:
-        """Let the encodings mix patch tokens after a block."""
-        prefix = self.num_prefix_tokens
-        for encoding in self.position.values():
-            mixed = encoding.mix_tokens(x[:, prefix:], grid, block_index)
-            if mixed is not None:
-                x = mixed if prefix == 0 else torch.cat([x[:, :prefix], mixed], dim=1)
-        return x
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Compute normalised tokens (B, P + N, embed_dim) from images (B, C, height, width)."""
@@ -409,9 +297,63 @@ class PositionVisionTransformer(VisionTransformer):
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
 
-def check_divisible(img_size: tuple[int, int], patch_size: tuple[int, int], dynamic_img_pad: bool) -> None:
+def install(model: VisionTransformer, options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give a built vision transformer of `PositionBlock`s its position encodings.
+
+    Weights that the model has stay as they are. Learned embeddings are dropped if `options` do not name them, and
+    drawn anew if they do and the model has none.
+
+    Args:
+        model: The model, changed in place.
+        options: Options of each encoding by name, as `parse_position` returns them.
+
+    Raises:
+        ValueError: An encoding does not fit the model, which is then unchanged.
+    """
+    patch_embed, depth = model.patch_embed, len(model.blocks)
+    shape = HostShape(
+        embed_dim=model.embed_dim,
+        num_heads=model.blocks[0].attn.num_heads if depth else 1,
+        grid=patch_embed.grid_size,
+        num_prefix_tokens=model.num_prefix_tokens,
+        depth=depth,
+    )
+    like = next(model.parameters())
+    dd: dict[str, Any] = {'device': like.device, 'dtype': like.dtype}
+    position = Positions(options, shape, **dd)
+    positions = [Positions(options, shape._replace(block=i), **dd) for i in range(depth)]
+
+    model.position = position.train(model.training)
+    for block, block_position in zip(model.blocks, positions, strict=True):
+        block.attn.position = block_position.train(model.training)
+    model.blocks = nn.ModuleList(model.blocks)
+    if not any(ENCODINGS[name].has_learned_embedding for name in options):
+        model.pos_embed = None
+    elif model.pos_embed is None:
+        length = patch_embed.num_patches + (0 if model.no_embed_class else model.num_prefix_tokens)
+        model.pos_embed = nn.Parameter(torch.empty(1, length, model.embed_dim, **dd))
+        trunc_normal_(model.pos_embed, std=0.02)
+    model.position_name = '+'.join(options)
+    model.position_options = {name: dict(chosen) for name, chosen in options.items()}
+    model.mixes_tokens = position.mixes
+    model.shares_positions = any(p.shares for p in positions)
+    # the convolutions of a hybrid take any size
+    model.any_size = patch_embed.dynamic_img_pad or isinstance(patch_embed, HybridEmbed)
+
+
+def check_patch_dropout(rate: float, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError if patches are to be dropped and one of the named encodings needs the whole grid."""
+    needs_grid = [name for name in options if ENCODINGS[name].overrides(*GRID_HOOKS)]
+    if rate > 0 and needs_grid:
+        raise ValueError(
+            f'patch_drop_rate={rate} removes patches, but position encoding {", ".join(map(repr, needs_grid))} needs '
+            'the whole grid; use patch_drop_rate=0.'
+        )
+
+
+def check_divisible(img_size: tuple[int, int], patch_size: tuple[int, int], any_size: bool) -> None:
     """Raise a ValueError if patches do not tile the native image size."""
-    if not dynamic_img_pad and (img_size[0] % patch_size[0] or img_size[1] % patch_size[1]):
+    if not any_size and (img_size[0] % patch_size[0] or img_size[1] % patch_size[1]):
         raise ValueError(
             f'img_size {tuple(img_size)} is not divisible by patch_size {tuple(patch_size)}; '
             'use another size, or dynamic_img_size=True with dynamic_img_pad=True.'
@@ -426,7 +368,7 @@ def check_images(
     img_size: tuple[int, int],
     patch_size: tuple[int, int],
     dynamic_img_size: bool,
-    dynamic_img_pad: bool,
+    any_size: bool,
 ) -> None:
     """Raise a ValueError if images (B, C, height, width) do not fit the model."""
     if x.dim() != 4:
@@ -442,7 +384,7 @@ def check_images(
                 f'Images are {height}x{width}, the model takes {img_size[0]}x{img_size[1]}; create it with '
                 f'img_size=({height}, {width}), or with dynamic_img_size=True for any size.'
             )
-    elif not dynamic_img_pad and (height % patch_size[0] != 0 or width % patch_size[1] != 0):
+    elif not any_size and (height % patch_size[0] != 0 or width % patch_size[1] != 0):
         raise ValueError(
             f'Images are {height}x{width}, not divisible by the patch size {patch_size[0]}x{patch_size[1]}; '
             'resize them, or create the model with dynamic_img_pad=True.'

@@ -1,17 +1,26 @@
-"""The seam between the vision transformer and a position encoding."""
+"""The seam between a vision transformer and a position encoding."""
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+HOOKS = {
+    'model': ('add_to_tokens', 'mix_tokens'),
+    'block': ('prepare', 'rotate', 'attention_bias', 'fused_attention'),
+}
+GRID_HOOKS = ('mix_tokens', 'rotate', 'attention_bias')  # with these an encoding needs every patch of the grid
 
-class Host(NamedTuple):
+
+class HostShape(NamedTuple):
     """What an encoding may know of the model that it is built into."""
 
     embed_dim: int
     num_heads: int
     grid: tuple[int, int]  # rows and columns of patches at the native image size
     num_prefix_tokens: int  # class and register tokens before the patches
+    depth: int = 1  # blocks of the model
+    block: int | None = None  # the block that the encoding is built into, None for the model itself
 
     @property
     def head_dim(self) -> int:
@@ -20,22 +29,41 @@ class Host(NamedTuple):
 
 
 class PositionEncoding(nn.Module):
-    """A position encoding overrides the hooks that it needs, and the model calls only those.
+    """A position encoding declares its place, overrides the hooks that it needs, and the model calls only those.
 
-    An encoding that overrides `add_to_tokens` or `mix_tokens` is built once, into the model (`position.<name>`). One
-    that overrides `rotate` or `attention_bias` is built into every attention (`blocks.<i>.attn.position.<name>`).
+    With `place = 'model'` it is built once, into the model (`position.<name>`), and may override `add_to_tokens` and
+    `mix_tokens`. With `place = 'block'` it is built into every attention (`blocks.<i>.attn.position.<name>`) and may
+    override `prepare`, `rotate`, `attention_bias` and `fused_attention`.
 
     All hooks see patch tokens only, in raster order, and the grid as (height, width). The model takes prefix tokens off
     before a hook and puts them back after it, untouched and with a bias of 0.
 
-    Its constructor takes the `Host` first. Its keyword-only arguments, apart from `device` and `dtype`, are the options
-    that users set through `position_args`. Direct parameters are position tables, which get no weight decay; those of
-    submodules are decayed as usual. Parameters are initialised in `reset_parameters()`, called by the constructor.
+    Its constructor takes the `HostShape` first. Its keyword-only arguments, apart from `device` and `dtype`, are the
+    options that users set through `position_args`. Direct parameters are position tables, which get no weight decay;
+    those of submodules are decayed as usual. Parameters are initialised in `reset_parameters()`, called by the
+    constructor.
+
+    Raises:
+        TypeError: When a class is made that overrides hooks of both places, or of the one that it does not declare.
     """
 
     __constants__ = ('bias_has_prefix_tokens',)  # class attributes that TorchScript may read
 
-    has_learned_embedding = False
+    place: ClassVar[str] = 'model'
+    """Where it is built: 'model' or 'block'."""
+
+    kind: ClassVar[str] = 'fixed'
+    """'learned' if it has parameters, 'fixed' if not."""
+
+    translation: ClassVar[str] = 'none'
+    """What moving content does to its features, without class token: nothing, because they depend on no place ('none')
+    or on distances alone ('relative', or 'relative inside' if not at the border of the image), or something that
+    depends on the place ('absolute') or on what lies around ('content-based')."""
+
+    other_grids: ClassVar[str] = 'as it is'
+    """What becomes of its parameters on another grid: 'as it is' or 'resampled'."""
+
+    has_learned_embedding: ClassVar[bool] = False
     """The model keeps timm's own learned `pos_embed`, and adds, resamples and stores it as timm does."""
 
     options_after_training: tuple[str, ...] = ()
@@ -45,6 +73,18 @@ class PositionEncoding(nn.Module):
     bias_has_prefix_tokens = False
     """`attention_bias` covers the prefix tokens too, (..., P + N, P + N) instead of (..., N, N)."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.place not in HOOKS:
+            raise TypeError(f"{cls.__name__}.place must be 'model' or 'block', got {cls.place!r}.")
+        elsewhere = [hook for place, hooks in HOOKS.items() if place != cls.place for hook in hooks]
+        misplaced = [hook for hook in elsewhere if cls.overrides(hook)]
+        if misplaced:
+            raise TypeError(
+                f'{cls.__name__} has place = {cls.place!r}, where {", ".join(misplaced)} is never called; declare the '
+                "other place, or make two encodings of it and join their names by '+'."
+            )
+
     def add_to_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the patch embeddings with positions added, (B, N, C), before the first block."""
         return tokens
@@ -53,14 +93,26 @@ class PositionEncoding(nn.Module):
         """Return the patch tokens after block `block_index` changed, (B, N, C), or None to leave them alone."""
         return None
 
-    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return queries and keys for the dot product, (B, h, N, d) each."""
+    def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        """Return what the attention hooks of all blocks share, or None for nothing.
+
+        It is called once in a forward, on the encoding of the first block, so it must not depend on parameters.
+        """
+        return None
+
+    def rotate(
+        self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return queries and keys for the dot product, (B, h, N, d) each; `shared` is what `prepare` returned."""
         return query, key
 
-    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    def attention_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> Tensor | None:
         """Return what is added to the scaled dot products, broadcastable to (B, h, N, N), or None for nothing.
 
-        Queries and keys come normalised and before any rotation, so that encodings do not see one another.
+        Queries and keys come normalised and before any rotation, so that encodings do not see one another. `shared` is
+        what `prepare` returned.
         """
         return None
 
@@ -71,11 +123,13 @@ class PositionEncoding(nn.Module):
         value: Tensor,
         grid: tuple[int, int],
         num_prefix_tokens: int,
+        rotated: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | None:
         """Return attention with this encoding's bias without storing that, (B, h, P + N, d), or None if not possible.
 
         Unlike the other hooks it gets all tokens. It is asked in eager and compiled PyTorch, not by exporters and
-        TorchScript, and only where no mask, dropout, rotation or other bias takes part. `attention_bias` remains the
+        TorchScript, and only where no mask, dropout or other bias takes part. With another encoding that rotates,
+        `rotated` has the queries and keys of the dot product, (B, h, P + N, d) each. `attention_bias` remains the
         definition of the same thing.
         """
         return None

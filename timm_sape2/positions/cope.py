@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from ..ops.sape2.reference import semantic_gates, signatures
-from .base import Host, PositionEncoding
+from .base import HostShape, PositionEncoding
 
 
 class ContextualPosition(PositionEncoding):
@@ -37,11 +37,15 @@ class ContextualPosition(PositionEncoding):
         ValueError: `num_positions` is below 2 or not a whole number.
     """
 
+    place = 'block'
+    kind = 'learned'
+    translation = 'content-based'
+
     scale: Final[float]
 
     def __init__(
         self,
-        host: Host,
+        host: HostShape,
         *,
         num_positions: int = 64,
         device: torch.device | None = None,
@@ -58,7 +62,9 @@ class ContextualPosition(PositionEncoding):
         """Draw the table from a truncated normal (std 0.02)."""
         trunc_normal_(self.position_table, std=0.02)
 
-    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    def attention_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> Tensor | None:
         return cope_bias(query, key, self.position_table, self.scale)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .base import Host, PositionEncoding
+from .base import HostShape, PositionEncoding
 
 
 class ConditionalPosition(PositionEncoding):
@@ -22,7 +22,12 @@ class ConditionalPosition(PositionEncoding):
         dtype: Type of the parameters.
     """
 
-    def __init__(self, host: Host, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    kind = 'learned'
+    translation = 'relative inside'
+
+    def __init__(
+        self, host: HostShape, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         channels = host.embed_dim
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, device=device, dtype=dtype)

@@ -13,4 +13,8 @@ class LearnedPosition(PositionEncoding):
     stay as they are.
     """
 
+    kind = 'learned'
+    translation = 'absolute'
+    other_grids = 'resampled'
+
     has_learned_embedding = True

@@ -8,12 +8,12 @@ from timm.layers import is_exporting, trunc_normal_
 from torch import Tensor, nn
 from torch.jit import Final
 
-from .base import Host, PositionEncoding
+from .base import HostShape, PositionEncoding
 
 _logger = logging.getLogger(__name__)
 
 
-class RelativeBias(PositionEncoding):
+class RelativePositionBias(PositionEncoding):
     """Relative position bias of Swin (arXiv 2103.14030, equation 4): `B[i, j] = table[r_i - r_j, c_i - c_j]`.
 
     Prefix tokens have three numbers a head as in BEiT (arXiv 2106.08254), for a prefix token that attends to a patch,
@@ -30,11 +30,18 @@ class RelativeBias(PositionEncoding):
         dtype: Type of the parameters.
     """
 
+    place = 'block'
+    kind = 'learned'
+    translation = 'relative'
+    other_grids = 'resampled'
+
     bias_has_prefix_tokens = True
     num_prefix_tokens: Final[int]
     prefix_bias: Tensor | None
 
-    def __init__(self, host: Host, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, host: HostShape, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         (height, width), heads = host.grid, host.num_heads
         self.num_prefix_tokens = host.num_prefix_tokens
@@ -49,8 +56,14 @@ class RelativeBias(PositionEncoding):
         if self.prefix_bias is not None:
             trunc_normal_(self.prefix_bias, std=0.02)
 
-    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        return relative_bias(self.bias_table, self.prefix_bias, grid, self.num_prefix_tokens).to(query.dtype)
+    def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        return relative_index(grid, device)
+
+    def attention_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> Tensor | None:
+        assert shared is not None
+        return relative_bias(self.bias_table, self.prefix_bias, shared, grid, self.num_prefix_tokens).to(query.dtype)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Resample the table to a new native grid."""
@@ -83,12 +96,26 @@ def resample_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 @torch.fx.wrap
-def relative_bias(table: Tensor, prefix_bias: Tensor | None, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Entry of the flattened table (2H - 1)(2W - 1) for each pair of patches, (N, N)."""
+    height, width = grid
+    rows = torch.arange(height, device=device).unsqueeze(1).expand(-1, width).flatten()
+    columns = torch.arange(width, device=device).unsqueeze(0).expand(height, -1).flatten()
+    row_distance = rows.unsqueeze(1) - rows.unsqueeze(0) + (height - 1)
+    column_distance = columns.unsqueeze(1) - columns.unsqueeze(0) + (width - 1)
+    return row_distance * (2 * width - 1) + column_distance
+
+
+@torch.fx.wrap
+def relative_bias(
+    table: Tensor, prefix_bias: Tensor | None, index: Tensor, grid: tuple[int, int], num_prefix_tokens: int
+) -> Tensor:
     """Look up the bias of all pairs of tokens.
 
     Args:
         table: Bias by head and distance in rows and columns, (h, 2H - 1, 2W - 1).
         prefix_bias: Bias of prefix to patch, patch to prefix and prefix to prefix by head, (3, h), or None.
+        index: `relative_index` of the grid, (N, N).
         grid: Rows and columns of patches, resampled to if the table is for another.
         num_prefix_tokens: P, 0 without `prefix_bias`.
 
@@ -99,11 +126,6 @@ def relative_bias(table: Tensor, prefix_bias: Tensor | None, grid: tuple[int, in
     # no branch on the size while exporting, it would tie the graph to the size of the example
     if is_exporting() or table.shape[1] != 2 * height - 1 or table.shape[2] != 2 * width - 1:
         table = resample_table(table, grid)
-    rows = torch.arange(height, device=table.device).unsqueeze(1).expand(-1, width).flatten()
-    columns = torch.arange(width, device=table.device).unsqueeze(0).expand(height, -1).flatten()
-    row_distance = rows.unsqueeze(1) - rows.unsqueeze(0) + (height - 1)
-    column_distance = columns.unsqueeze(1) - columns.unsqueeze(0) + (width - 1)
-    index = row_distance * (2 * width - 1) + column_distance
     bias = table.flatten(1)[:, index]
     if prefix_bias is not None:
         prefix, patches, heads = num_prefix_tokens, bias.shape[1], bias.shape[0]

@@ -7,7 +7,7 @@ from torch.jit import Final
 
 from .._compat import init_random_2d_freqs
 from ..ops.sape2.reference import at_least_float32
-from .base import Host, PositionEncoding
+from .base import HostShape, PositionEncoding
 
 
 class AxialRotaryPosition(PositionEncoding):
@@ -32,12 +32,15 @@ class AxialRotaryPosition(PositionEncoding):
         ValueError: The head dimension is not divisible by 4, or `temperature` is not a positive number.
     """
 
+    place = 'block'
+    translation = 'relative'
+
     head_dim: Final[int]
     temperature: Final[float]
 
     def __init__(
         self,
-        host: Host,
+        host: HostShape,
         *,
         temperature: float = 100.0,
         device: torch.device | None = None,
@@ -48,8 +51,13 @@ class AxialRotaryPosition(PositionEncoding):
         self.head_dim = host.head_dim
         self.temperature = float(temperature)
 
-    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        return rotate_axial(query, key, grid, self.head_dim, self.temperature)
+    def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        return axial_angles(grid, self.head_dim, self.temperature, device)
+
+    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert shared is not None
+        sin, cos = shared[0], shared[1]
+        return apply_rot_embed(query, sin, cos), apply_rot_embed(key, sin, cos)
 
 
 class MixedRotaryPosition(PositionEncoding):
@@ -73,9 +81,13 @@ class MixedRotaryPosition(PositionEncoding):
         ValueError: The head dimension is not divisible by 4, or `temperature` is not a positive number.
     """
 
+    place = 'block'
+    kind = 'learned'
+    translation = 'relative'
+
     def __init__(
         self,
-        host: Host,
+        host: HostShape,
         *,
         temperature: float = 10.0,
         device: torch.device | None = None,
@@ -94,11 +106,15 @@ class MixedRotaryPosition(PositionEncoding):
         with torch.no_grad():
             self.freqs.copy_(initial[:, 0])
 
-    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        return rotate_mixed(query, key, grid, self.freqs)
+    def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        return patch_coordinates(grid, device)
+
+    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert shared is not None
+        return rotate_mixed(query, key, shared, self.freqs)
 
 
-def _check(name: str, host: Host, temperature: float) -> None:
+def _check(name: str, host: HostShape, temperature: float) -> None:
     if host.head_dim % 4:
         raise ValueError(
             f'position={name!r} needs a head dimension (embed_dim / num_heads) divisible by 4, got {host.head_dim}.'
@@ -108,29 +124,29 @@ def _check(name: str, host: Host, temperature: float) -> None:
 
 
 @torch.fx.wrap
-def rotate_axial(
-    query: Tensor, key: Tensor, grid: tuple[int, int], head_dim: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys (B, h, N, d) of a grid with N patches by `AxialRotaryPosition`'s angles."""
+def axial_angles(grid: tuple[int, int], head_dim: int, temperature: float, device: torch.device) -> Tensor:
+    """Sines and cosines of `AxialRotaryPosition`'s angles for all patches of a grid, (2, N, d) in float32."""
     sin, cos = build_rotary_pos_embed(
-        [grid[0], grid[1]],
-        dim=head_dim,
-        temperature=temperature,
-        in_pixels=False,
-        grid_indexing='xy',
-        device=query.device,
+        [grid[0], grid[1]], dim=head_dim, temperature=temperature, in_pixels=False, grid_indexing='xy', device=device
     )
-    return apply_rot_embed(query, sin, cos), apply_rot_embed(key, sin, cos)
+    return torch.stack([sin, cos])
 
 
 @torch.fx.wrap
-def rotate_mixed(query: Tensor, key: Tensor, grid: tuple[int, int], freqs: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys (B, h, N, d) of a grid with N patches, with frequencies (2, h, d / 2)."""
+def patch_coordinates(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Row and column of all patches of a grid in raster order, (2, N)."""
     height, width = grid
-    rows = torch.arange(height, device=freqs.device).unsqueeze(1).expand(-1, width).flatten()
-    columns = torch.arange(width, device=freqs.device).unsqueeze(0).expand(height, -1).flatten()
-    column_freqs, row_freqs = at_least_float32(freqs).unsqueeze(2).unbind(0)
-    angles = columns.unsqueeze(1) * column_freqs + rows.unsqueeze(1) * row_freqs
+    rows = torch.arange(height, device=device).unsqueeze(1).expand(-1, width).flatten()
+    columns = torch.arange(width, device=device).unsqueeze(0).expand(height, -1).flatten()
+    return torch.stack([rows, columns])
+
+
+@torch.fx.wrap
+def rotate_mixed(query: Tensor, key: Tensor, coordinates: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys (B, h, N, d) of patches at `coordinates` (2, N), with frequencies (2, h, d / 2)."""
+    rows, columns = coordinates.unsqueeze(-1).unbind(0)  # (N, 1)
+    column_freqs, row_freqs = at_least_float32(freqs).unsqueeze(2).unbind(0)  # (h, 1, d / 2)
+    angles = columns * column_freqs + rows * row_freqs  # (h, N, d / 2)
     angles = torch.stack([angles, angles], dim=-1).flatten(-2)
     sin, cos = angles.sin(), angles.cos()
     return apply_rot_embed(query, sin, cos), apply_rot_embed(key, sin, cos)

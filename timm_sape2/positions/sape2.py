@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from ..ops.sape2 import choose, sape2_attention, sape2_bias
-from .base import Host, PositionEncoding
+from .base import HostShape, PositionEncoding
 
 torch.fx.wrap('sape2_bias')
 
@@ -41,6 +41,9 @@ class SaPE2(PositionEncoding):
         ValueError: An option is not one of those listed, or `num_positions` is below 2.
     """
 
+    place = 'block'
+    kind = 'learned'
+    translation = 'content-based'
     options_after_training = ('distance_scale', 'recompute')
 
     target: Final[str]
@@ -51,7 +54,7 @@ class SaPE2(PositionEncoding):
 
     def __init__(
         self,
-        host: Host,
+        host: HostShape,
         *,
         target: str = 'k',
         gating: str = 'semantic',
@@ -99,6 +102,8 @@ class SaPE2(PositionEncoding):
         for table in (self.row_table, self.column_table):
             if table is not None:
                 trunc_normal_(table, std=0.02)
+        if isinstance(self.gate_key, nn.Linear):
+            trunc_normal_(self.gate_key.weight, std=0.02)
         if self.reference_grid is not None:
             self.reference_grid.copy_(torch.tensor(self.native_grid))
 
@@ -108,7 +113,9 @@ class SaPE2(PositionEncoding):
             return None
         return value if self.gates_from_value else self.gate_key(key)
 
-    def attention_bias(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attention_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> Tensor:
         return sape2_bias(
             query,
             key,
@@ -128,9 +135,13 @@ class SaPE2(PositionEncoding):
         value: Tensor,
         grid: tuple[int, int],
         num_prefix_tokens: int,
+        rotated: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | None:
         gate_key = self.gates_from(key, value)
-        implementation, _ = choose(query, key, value, gate_key, grid, self.target, recompute=self.recompute)
+        logit_query, logit_key = (query, key) if rotated is None else rotated
+        implementation, _ = choose(
+            query, key, value, gate_key, grid, self.target, rotated=rotated is not None, recompute=self.recompute
+        )
         if implementation == 'reference':
             return None
         return sape2_attention(
@@ -145,6 +156,8 @@ class SaPE2(PositionEncoding):
             target=self.target,
             scale=self.scale,
             reference_grid=self.reference_grid,
+            logit_query=logit_query,
+            logit_key=logit_key,
             recompute=self.recompute,
             implementation=implementation,
         )

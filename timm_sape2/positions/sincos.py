@@ -4,7 +4,7 @@ import torch
 from timm.layers import freq_bands
 from torch import Tensor
 
-from .base import Host, PositionEncoding
+from .base import HostShape, PositionEncoding
 
 
 class SinCosPosition(PositionEncoding):
@@ -26,7 +26,11 @@ class SinCosPosition(PositionEncoding):
         ValueError: `embed_dim` is not divisible by 4.
     """
 
-    def __init__(self, host: Host, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    translation = 'absolute'
+
+    def __init__(
+        self, host: HostShape, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         if host.embed_dim % 4:
             raise ValueError(
                 f"position='sincos' needs an embed_dim divisible by 4, a sine and a cosine for rows and for columns, "

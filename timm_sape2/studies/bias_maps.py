@@ -46,7 +46,7 @@ def blocks_with_bias(model: torch.nn.Module) -> list[int]:
     """
     if isinstance(model, PositionVisionTransformer):
         attentions: list[Any] = [block.attn for block in model.blocks]
-        blocks = [block for block, attention in enumerate(attentions) if attention.has_bias]
+        blocks = [block for block, attention in enumerate(attentions) if attention.position.has_bias]
         if blocks:
             return blocks
         problem = f'position={model.position_name!r} has no attention bias'
@@ -93,8 +93,8 @@ def attention_biases(
     biases = {}
     wanted = blocks_with_bias(model) if blocks is None else blocks
     for block, inputs in record_attention_inputs(model, images, wanted).items():
-        attention: Any = model.blocks[block].attn
-        bias = attention.position_bias(*inputs)
+        positions: Any = model.blocks[block].attn.position
+        bias = positions.bias(*inputs)
         batch, heads, length, _ = inputs.query.shape
         prefix = model.num_prefix_tokens
         patches = bias.expand(batch, heads, length, length)[:, :, prefix:, prefix:]

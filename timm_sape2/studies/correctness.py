@@ -82,7 +82,7 @@ def check_fused(name: str, model: Any, images: Tensor, tolerance: float) -> None
     def record(attention: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         recorded[attention] = arguments[0][-1:], arguments[1], output[-1:]
 
-    fused = [block.attn for block in model.blocks if block.attn.fused_encoding]
+    fused = [block.attn for block in model.blocks if block.attn.position.fused_encoding]
     handles = [attention.register_forward_hook(record) for attention in fused]
     try:
         model(images)

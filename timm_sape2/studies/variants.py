@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import nn
 
-from ..models.vit import PositionAttention, PositionVisionTransformer
-from ..positions import parse_position
+from ..models.vit import PositionVisionTransformer
+from ..positions import Positions, parse_position
 from .settings import image_and_patch
 
 IMPLEMENTATIONS = {
@@ -81,7 +81,7 @@ def create_timm_model(name: str, setting: str, device: torch.device, **kwargs: A
 def use_reference(model: nn.Module) -> None:
     """Let attention store the biases of position encodings, in place of implementations that need not."""
     for module in model.modules():
-        if isinstance(module, PositionAttention):
+        if isinstance(module, Positions):
             module.fused_encoding = ''
 
 

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from timm_sape2.positions import ENCODINGS, Host, build_encodings, parse_position, valid_options
+from timm_sape2.positions import ENCODINGS, HostShape, Positions, parse_position, valid_options
 
 PAIRS = list(itertools.combinations([name for name in ENCODINGS if name != 'nope'], 2))
-HOST = Host(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
+HOST = HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
 
 
 def test_names_are_joined_by_plus_and_keep_their_order():
@@ -30,8 +30,8 @@ def test_options_are_the_keyword_arguments_of_the_encoding():
 
 def test_an_encoding_is_built_where_its_hooks_are_called():
     options = parse_position('learned+sape2')
-    assert list(build_encodings(options, ('rotate', 'attention_bias'), HOST)) == ['sape2']
-    assert list(build_encodings(options, ('add_to_tokens', 'mix_tokens'), HOST)) == []
+    assert list(Positions(options, HOST._replace(block=0))) == ['sape2']
+    assert list(Positions(options, HOST)) == []
 
 
 @pytest.mark.parametrize(

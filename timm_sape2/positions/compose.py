@@ -1,0 +1,270 @@
+"""Position encodings by name, their options, and `Positions`, the only thing that a host talks to.
+
+A new encoding is a file beside this one and a line in `ENCODINGS`.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import maybe_add_mask, resolve_self_attn_mask
+from torch import Tensor, nn
+
+from .base import HOOKS, HostShape, PositionEncoding
+from .cope import ContextualPosition
+from .cpe import ConditionalPosition
+from .learned import LearnedPosition
+from .nope import NoPosition
+from .relbias import RelativePositionBias
+from .rope import AxialRotaryPosition, MixedRotaryPosition
+from .sape2 import SaPE2
+from .sincos import SinCosPosition
+
+for _function in ('maybe_add_mask', 'resolve_self_attn_mask'):  # FX wraps a function by module, timm did so for its own
+    torch.fx.wrap(_function)
+
+ENCODINGS: dict[str, type[PositionEncoding]] = {
+    'nope': NoPosition,
+    'learned': LearnedPosition,
+    'sincos': SinCosPosition,
+    'relbias': RelativePositionBias,
+    'cpe': ConditionalPosition,
+    'rope': AxialRotaryPosition,
+    'rope_mixed': MixedRotaryPosition,
+    'cope': ContextualPosition,
+    'sape2': SaPE2,
+}
+
+
+class Positions(nn.ModuleDict):
+    """The encodings of one place, by name: those of a model, or those of one attention.
+
+    A host keeps one for itself, of which it calls `add` and `mix`, and one in every attention, of which it calls
+    `attend` (or `logits`, for the naive path). `prepare` of the first attention is called once in a forward, and its
+    result is handed down like the grid.
+
+    Args:
+        options: Options of each encoding by name, as `parse_position` returns them.
+        shape: The host, with `block` set for an attention.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    # TorchScript drops the branches not taken
+    __constants__ = ('has_bias', 'mixes', 'num_prefix_tokens', 'rotates', 'shares')
+
+    def __init__(
+        self,
+        options: Mapping[str, Mapping[str, Any]],
+        shape: HostShape,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        place = 'model' if shape.block is None else 'block'
+        super().__init__(
+            {
+                name: ENCODINGS[name](shape, **kwargs, device=device, dtype=dtype)
+                for name, kwargs in options.items()
+                if ENCODINGS[name].place == place and ENCODINGS[name].overrides(*HOOKS[place])
+            }
+        )
+        self.num_prefix_tokens = shape.num_prefix_tokens
+        self.mixes = any(encoding.overrides('mix_tokens') for encoding in self.values())
+        self.shares = any(encoding.overrides('prepare') for encoding in self.values())
+        self.rotates = any(encoding.overrides('rotate') for encoding in self.values())
+        biased = [name for name, encoding in self.items() if encoding.overrides('attention_bias')]
+        self.has_bias = len(biased) > 0
+        can_fuse = len(biased) == 1 and self[biased[0]].overrides('fused_attention')
+        self.fused_encoding = biased[0] if can_fuse else ''
+
+    def add(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Add positions to patch embeddings (B, N, C), before the first block."""
+        for encoding in self.values():
+            tokens = encoding.add_to_tokens(tokens, grid)
+        return tokens
+
+    def mix(self, x: Tensor, grid: tuple[int, int], block_index: int) -> Tensor:
+        """Mix patch tokens after a block, x is (B, P + N, C)."""
+        prefix = self.num_prefix_tokens
+        for encoding in self.values():
+            mixed = encoding.mix_tokens(x[:, prefix:], grid, block_index)
+            if mixed is not None:
+                x = mixed if prefix == 0 else torch.cat([x[:, :prefix], mixed], dim=1)
+        return x
+
+    def prepare(self, grid: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+        """Compute what the attentions of all blocks share, by encoding."""
+        shared: dict[str, Tensor] = {}
+        for name, encoding in self.items():
+            tensor = encoding.prepare(grid, device)
+            if tensor is not None:
+                shared[name] = tensor
+        return shared
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: tuple[int, int],
+        shared: dict[str, Tensor] | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """Scaled dot-product attention with all encodings, fused where one of them offers it.
+
+        Args:
+            query: Queries after normalisation, (B, h, P + N, d).
+            key: Keys after normalisation, (B, h, P + N, d).
+            value: Values, (B, h, P + N, d).
+            grid: Rows and columns of patches, their product is N.
+            shared: What `prepare` returned, computed if it is not given.
+            attn_mask: Boolean (True attends) or additive mask, broadcastable to (B, h, P + N, P + N).
+            is_causal: Mask later tokens; takes precedence over `attn_mask`.
+            dropout_p: Probability of attention dropout.
+
+        Returns:
+            Attention output, (B, h, P + N, d).
+        """
+        if shared is None:
+            shared = self.prepare(grid, query.device)
+        rotated_query, rotated_key = self.rotate(query, key, grid, shared)
+        if not torch.jit.is_scripting() and self.fused_encoding:
+            plain = attn_mask is None and not is_causal and dropout_p == 0.0
+            rotated = (rotated_query, rotated_key) if self.rotates else None
+            encoding = self[self.fused_encoding]
+            fused = (
+                encoding.fused_attention(query, key, value, grid, self.num_prefix_tokens, rotated) if plain else None
+            )
+            if fused is not None:
+                return fused
+        if self.has_bias:
+            bias = self.bias(query, key, value, grid, shared)
+            attn_mask = maybe_add_mask(bias, resolve_self_attn_mask(query.shape[2], bias, attn_mask, is_causal))
+            is_causal = False
+        return F.scaled_dot_product_attention(
+            rotated_query,
+            rotated_key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            # the TorchScript ONNX exporter turns it into a tensor
+            is_causal=bool(is_causal) if torch.jit.is_tracing() else is_causal,
+        )
+
+    def logits(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: tuple[int, int],
+        scale: float,
+        shared: dict[str, Tensor] | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attention logits with all encodings and the mask, (B, h, P + N, P + N), for the naive path; see `attend`."""
+        if shared is None:
+            shared = self.prepare(grid, query.device)
+        rotated_query, rotated_key = self.rotate(query, key, grid, shared)
+        logits = (rotated_query * scale) @ rotated_key.transpose(-2, -1)
+        if self.has_bias:
+            bias = self.bias(query, key, value, grid, shared)
+            attn_mask = maybe_add_mask(bias, resolve_self_attn_mask(query.shape[2], bias, attn_mask, is_causal))
+            is_causal = False
+        return maybe_add_mask(logits, resolve_self_attn_mask(query.shape[2], logits, attn_mask, is_causal))
+
+    def rotate(
+        self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate the queries and keys of patches, (B, h, P + N, d) each."""
+        if not self.rotates:
+            return query, key
+        if shared is None:
+            shared = self.prepare(grid, query.device)
+        prefix = self.num_prefix_tokens
+        patch_query, patch_key = query[:, :, prefix:], key[:, :, prefix:]
+        for name, encoding in self.items():
+            patch_query, patch_key = encoding.rotate(patch_query, patch_key, grid, shared.get(name))
+        if prefix == 0:
+            return patch_query, patch_key
+        return torch.cat([query[:, :, :prefix], patch_query], dim=2), torch.cat([key[:, :, :prefix], patch_key], dim=2)
+
+    def bias(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Sum of all encodings' biases, 0 for prefix tokens, broadcastable to (B, h, P + N, P + N)."""
+        if shared is None:
+            shared = self.prepare(grid, query.device)
+        prefix = self.num_prefix_tokens
+        query, key, value = query[:, :, prefix:], key[:, :, prefix:], value[:, :, prefix:]
+        total: Tensor | None = None
+        for name, encoding in self.items():
+            bias = encoding.attention_bias(query, key, value, grid, shared.get(name))
+            if bias is not None:
+                if prefix > 0 and not encoding.bias_has_prefix_tokens:
+                    bias = F.pad(bias, [prefix, 0, prefix, 0])
+                total = bias if total is None else total + bias
+        assert total is not None
+        return total
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Adapt size-dependent parameters to a new native grid."""
+        for encoding in self.values():
+            encoding.set_grid(grid)
+
+
+def parse_position(position: str, position_args: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Split a name such as 'learned+sape2' and check it and its options.
+
+    Args:
+        position: Names of encodings joined by '+'.
+        position_args: Options by encoding, such as `{'sape2': {'target': 'q'}}`.
+
+    Returns:
+        Options of each encoding, in the order named.
+
+    Raises:
+        ValueError: A name or an option is unknown (the message lists the valid ones), a name is repeated, 'nope' is
+            combined with another, or options are given for an encoding that is not named.
+    """
+    if not isinstance(position, str):
+        raise ValueError(f'position must be a string such as "learned+sape2", got {position!r}.')
+    names = position.split('+')
+    for name in names:
+        if name not in ENCODINGS:
+            raise ValueError(
+                f'Unknown position encoding {name!r} in position={position!r}. '
+                f'Valid names, to be joined by "+": {", ".join(ENCODINGS)}.'
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f'position={position!r} names an encoding twice.')
+    if 'nope' in names and len(names) > 1:
+        raise ValueError(f'position={position!r} combines "nope", the absence of an encoding, with another.')
+
+    position_args = {} if position_args is None else position_args
+    if not isinstance(position_args, Mapping):
+        raise ValueError(
+            f"position_args must be a mapping such as {{'sape2': {{'target': 'q'}}}}, got {position_args!r}."
+        )
+    for name, options in position_args.items():
+        if name not in names:
+            raise ValueError(f'position_args has options for {name!r}, but position is {position!r}.')
+        if not isinstance(options, Mapping):
+            raise ValueError(f"position_args[{name!r}] must be a mapping such as {{'target': 'q'}}, got {options!r}.")
+        unknown = sorted(set(options) - set(valid_options(name)))
+        if unknown:
+            raise ValueError(
+                f'Unknown option {", ".join(map(repr, unknown))} of position encoding {name!r}. '
+                f'Valid options: {", ".join(valid_options(name)) or "none"}.'
+            )
+    return {name: dict(position_args.get(name, {})) for name in names}
+
+
+def valid_options(name: str) -> list[str]:
+    """Names of the options of an encoding: the keyword-only arguments of its constructor."""
+    parameters = inspect.signature(ENCODINGS[name].__init__).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ('device', 'dtype')]
