@@ -42,7 +42,7 @@ class TokenToy(Toy):
             self.note('add_to_tokens', tuple(tokens.shape), grid)
         rows = torch.arange(grid[0], device=tokens.device)[:, None, None] * self.ramp[0]
         columns = torch.arange(grid[1], device=tokens.device)[:, None] * self.ramp[1]
-        return tokens + self.scale(tokens.mean()[None]) * (rows + columns).flatten(0, 1)
+        return tokens + self.scale(tokens.square().mean()[None]) * (rows + columns).flatten(0, 1)
 
     def mix_tokens(self, tokens: Tensor, grid: tuple[int, int], block_index: int) -> Tensor | None:
         if not torch.jit.is_scripting():
@@ -74,7 +74,7 @@ class AttentionToy(Toy):
         if not torch.jit.is_scripting():
             self.note('attention_bias', tuple(query.shape), tuple(key.shape), tuple(value.shape), grid)
         assert shared is not None
-        scale = self.strength * self.scale(query.square().mean()[None]) + self.ramp.sum()
+        scale = self.strength * self.scale(query.square().mean()[None]) + self.ramp.square().sum()
         return scale * shared.to(query.dtype)
 
 
@@ -97,12 +97,12 @@ def naive_forward(model, x, strength=0.5):
     """The same model written out, for both toys with a class token and two registers."""
     coordinates, toy = torch.cartesian_prod(torch.arange(7.0), torch.arange(9.0)), model.position['tokentoy']
     tokens = model.patch_embed.proj(x).flatten(2).transpose(1, 2)
-    tokens = tokens + toy.scale.weight.item() * tokens.mean() * (coordinates @ toy.ramp)
+    tokens = tokens + toy.scale.weight.item() * tokens.square().mean() * (coordinates @ toy.ramp)
     x = torch.cat([model.cls_token.expand(2, -1, -1), model.reg_token.expand(2, -1, -1), tokens], dim=1)
     for i, block in enumerate(model.blocks):
         attn, toy = block.attn, block.attn.position['attentiontoy']
         query, key, value = attn.qkv(block.norm1(x)).reshape(2, 66, 3, 2, 16).permute(2, 0, 3, 1, 4)
-        size = strength * toy.scale.weight.item() * query[:, :, 3:].square().mean() + toy.ramp.sum()
+        size = strength * toy.scale.weight.item() * query[:, :, 3:].square().mean() + toy.ramp.square().sum()
         query = torch.cat([query[:, :, :3], query[:, :, 3:].flip(3)], dim=2)
         weights = (query @ key.transpose(2, 3) / 4 + size * torch.eye(66)).softmax(-1)
         x = x + attn.proj((weights @ value).transpose(1, 2).flatten(2))

@@ -44,7 +44,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
     if patch_weight is None or patch_weight.ndim != 4:
         raise ValueError('The checkpoint does not fit, it has no convolution patch_embed.proj.weight.')
 
-    source_grid = declared_grid(model, tuple(patch_weight.shape[-2:]))
+    source_grid = declared_grid(model, (patch_weight.shape[-2], patch_weight.shape[-1]))
     check_prefix_tokens(state_dict, model, source_grid)
     if model.pos_embed is not None and 'pos_embed' in state_dict:
         num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -87,7 +87,8 @@ def convert_layout(state_dict: StateDict, model: VisionTransformer) -> StateDict
     patch_weight = state_dict.get('patch_embed.proj.weight')
     if patch_weight is not None and patch_weight.ndim == 4 and 'mask_token' not in state_dict:
         return state_dict
-    return convert_to_timm(state_dict, _WithoutResampling(model))
+    without_resampling: Any = _WithoutResampling(model)
+    return convert_to_timm(state_dict, without_resampling)
 
 
 def rename_from_authors(state_dict: StateDict) -> StateDict:

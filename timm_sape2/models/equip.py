@@ -56,6 +56,7 @@ def equip(
     for block in model.blocks:
         block.__class__, block.attn.__class__ = PositionBlock, PositionAttention
     model.__class__ = PositionVisionTransformer
+    assert isinstance(model, PositionVisionTransformer)
     if drops:
         _logger.warning(f"The model's learned position embeddings are dropped: position={position!r} has no 'learned'.")
     _record(model, position, position_args)

@@ -171,7 +171,7 @@ def vit_equipped(
     position: str = 'learned+sape2',
     position_args: Mapping[str, Any] | None = None,
     pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> PositionVisionTransformer:

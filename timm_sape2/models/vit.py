@@ -111,6 +111,7 @@ class PositionVisionTransformer(VisionTransformer):
         TypeError: An argument that the encoding decides: `pos_embed`, `block_fn` or `attn_layer`.
     """
 
+    position_name: str
     any_size: Final[bool]
     mixes_tokens: Final[bool]
     shares_positions: Final[bool]

@@ -54,7 +54,9 @@ class AxialRotaryPosition(PositionEncoding):
     def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
         return axial_angles(grid, self.head_dim, self.temperature, device)
 
-    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rotate(
+        self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         assert shared is not None
         sin, cos = shared[0], shared[1]
         return apply_rot_embed(query, sin, cos), apply_rot_embed(key, sin, cos)
@@ -109,7 +111,9 @@ class MixedRotaryPosition(PositionEncoding):
     def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
         return patch_coordinates(grid, device)
 
-    def rotate(self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rotate(
+        self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         assert shared is not None
         return rotate_mixed(query, key, shared, self.freqs)
 

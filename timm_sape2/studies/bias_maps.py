@@ -93,8 +93,8 @@ def attention_biases(
     biases = {}
     wanted = blocks_with_bias(model) if blocks is None else blocks
     for block, inputs in record_attention_inputs(model, images, wanted).items():
-        positions: Any = model.blocks[block].attn.position
-        bias = positions.bias(*inputs)
+        block_module: Any = model.blocks[block]
+        bias = block_module.attn.position.bias(*inputs)
         batch, heads, length, _ = inputs.query.shape
         prefix = model.num_prefix_tokens
         patches = bias.expand(batch, heads, length, length)[:, :, prefix:, prefix:]
