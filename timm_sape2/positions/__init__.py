@@ -4,5 +4,6 @@ from .base import HostShape as HostShape
 from .base import PositionEncoding as PositionEncoding
 from .compose import ENCODINGS as ENCODINGS
 from .compose import Positions as Positions
+from .compose import facts as facts
 from .compose import parse_position as parse_position
 from .compose import valid_options as valid_options

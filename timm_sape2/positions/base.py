@@ -53,7 +53,7 @@ class PositionEncoding(nn.Module):
     """Where it is built: 'model' or 'block'."""
 
     kind: ClassVar[str] = 'fixed'
-    """'learned' if it has parameters, 'fixed' if not."""
+    """'learned' if it has parameters, 'fixed' if not, 'none' for no encoding."""
 
     translation: ClassVar[str] = 'none'
     """What moving content does to its features, without class token: nothing, because they depend on no place ('none')

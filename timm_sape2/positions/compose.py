@@ -268,3 +268,26 @@ def valid_options(name: str) -> list[str]:
     """Names of the options of an encoding: the keyword-only arguments of its constructor."""
     parameters = inspect.signature(ENCODINGS[name].__init__).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ('device', 'dtype')]
+
+
+def facts(position: str) -> tuple[str, str, str]:
+    """What encodings together are, as `PositionEncoding` describes it: kind, translation, and on other grids.
+
+    Args:
+        position: Names of encodings joined by '+'.
+
+    Returns:
+        `kind`, `translation` and `other_grids`, each the strongest of theirs.
+    """
+    encodings = [ENCODINGS[name] for name in parse_position(position)]
+
+    def strongest(found: set[str], *order: str) -> str:
+        return next(fact for fact in order if fact in found)
+
+    return (
+        strongest({e.kind for e in encodings}, 'learned', 'fixed', 'none'),
+        strongest(
+            {e.translation for e in encodings}, 'absolute', 'content-based', 'relative inside', 'relative', 'none'
+        ),
+        strongest({e.other_grids for e in encodings}, 'resampled', 'as it is'),
+    )

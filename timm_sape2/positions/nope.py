@@ -8,3 +8,5 @@ class NoPosition(PositionEncoding):
 
     Prefix tokens are treated like patches. There are no parameters, and any grid will do as it is.
     """
+
+    kind = 'none'
