@@ -28,10 +28,9 @@ The table of encodings has what they state. Translation: content that moves
 keeps its features ('relative'; 'relative inside' if the border of the image
 makes a difference), or they depend on the place ('absolute') or on what lies
 around ('content-based'), without class token. Parameters and MFLOPs are those
-added to
-vit_small at 224x224, patch 16; FLOPs are those of matrix products, attention
-included, and convolutions. Parameters fit another grid as they are, or are
-resampled.""",
+added to vit_small at 224x224, patch 16; FLOPs are those of matrix products,
+attention included, and convolutions. Parameters fit another grid as they are,
+or are resampled.""",
         epilog="""\
 examples:
   timm-sape2 list

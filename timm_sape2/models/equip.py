@@ -1,6 +1,5 @@
 """`equip`: another position encoding for a vision transformer that timm has built."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +8,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from .._compat import update_model_args
-from ..positions import ENCODINGS, parse_position
+from ..positions import parse_position
 from .vit import PositionAttention, PositionBlock, PositionVisionTransformer, check_patch_dropout, install
-
-_logger = logging.getLogger(__name__)
 
 SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 
@@ -50,15 +47,12 @@ def equip(
     assert isinstance(model, VisionTransformer)
     if isinstance(model.patch_drop, PatchDropout):
         check_patch_dropout(model.patch_drop.prob, options)
-    drops = model.pos_embed is not None and not any(ENCODINGS[name].has_learned_embedding for name in options)
 
     install(model, options)
     for block in model.blocks:
         block.__class__, block.attn.__class__ = PositionBlock, PositionAttention
     model.__class__ = PositionVisionTransformer
     assert isinstance(model, PositionVisionTransformer)
-    if drops:
-        _logger.warning(f"The model's learned position embeddings are dropped: position={position!r} has no 'learned'.")
     _record(model, position, position_args)
     return model
 
@@ -75,7 +69,7 @@ def why_not_equip(model: nn.Module) -> str | None:
     if isinstance(model, PositionVisionTransformer):
         return f"it has position='{model.position_name}' already; create it anew with the other encoding"
     if type(model) is not VisionTransformer:
-        kin = ', a relative of it,' if isinstance(model, VisionTransformer) else ''
+        kin = ', a relative of it' if isinstance(model, VisionTransformer) else ''
         return f"it is {type(model).__module__}.{type(model).__name__}{kin}, not timm's VisionTransformer"
     for block in model.blocks:
         if type(block) is not Block:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .._compat import feature_take_indices
-from ..positions import ENCODINGS, HostShape, Positions, parse_position
+from ..positions import ENCODINGS, HostShape, Positions, has_learned_embedding, parse_position
 from ..positions.base import GRID_HOOKS
 
 _logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class PositionVisionTransformer(VisionTransformer):
         super().__init__(
             img_size=image,
             patch_size=patch,
-            pos_embed='learn' if any(ENCODINGS[name].has_learned_embedding for name in options) else 'none',
+            pos_embed='learn' if has_learned_embedding(options) else 'none',
             dynamic_img_pad=dynamic_img_pad,
             patch_drop_rate=patch_drop_rate,
             block_fn=PositionBlock,
@@ -301,8 +301,8 @@ class PositionVisionTransformer(VisionTransformer):
 def install(model: VisionTransformer, options: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a built vision transformer of `PositionBlock`s its position encodings.
 
-    Weights that the model has stay as they are. Learned embeddings are dropped if `options` do not name them, and
-    drawn anew if they do and the model has none.
+    Weights that the model has stay as they are. Learned embeddings are dropped, with a warning, if `options` do not
+    name them, and drawn anew if they do and the model has none.
 
     Args:
         model: The model, changed in place.
@@ -328,14 +328,16 @@ def install(model: VisionTransformer, options: Mapping[str, Mapping[str, Any]]) 
     for block, block_position in zip(model.blocks, positions, strict=True):
         block.attn.position = block_position.train(model.training)
     model.blocks = nn.ModuleList(model.blocks)
-    if not any(ENCODINGS[name].has_learned_embedding for name in options):
+    model.position_name = '+'.join(options)
+    model.position_options = {name: dict(chosen) for name, chosen in options.items()}
+    if not has_learned_embedding(options):
+        if model.pos_embed is not None:
+            _logger.warning(f"The model's learned position embeddings are dropped: {model.position_name} has none.")
         model.pos_embed = None
     elif model.pos_embed is None:
         length = patch_embed.num_patches + (0 if model.no_embed_class else model.num_prefix_tokens)
         model.pos_embed = nn.Parameter(torch.empty(1, length, model.embed_dim, **dd))
         trunc_normal_(model.pos_embed, std=0.02)
-    model.position_name = '+'.join(options)
-    model.position_options = {name: dict(chosen) for name, chosen in options.items()}
     model.mixes_tokens = position.mixes
     model.shares_positions = any(p.shares for p in positions)
     # the convolutions of a hybrid take any size

@@ -132,13 +132,11 @@ class Positions(nn.ModuleDict):
         if shared is None:
             shared = self.prepare(grid, query.device)
         rotated_query, rotated_key = self.rotate(query, key, grid, shared)
-        if not torch.jit.is_scripting() and self.fused_encoding:
-            plain = attn_mask is None and not is_causal and dropout_p == 0.0
+        is_plain = attn_mask is None and not is_causal and dropout_p == 0.0
+        if not torch.jit.is_scripting() and self.fused_encoding and is_plain:
             rotated = (rotated_query, rotated_key) if self.rotates else None
             encoding = self[self.fused_encoding]
-            fused = (
-                encoding.fused_attention(query, key, value, grid, self.num_prefix_tokens, rotated) if plain else None
-            )
+            fused = encoding.fused_attention(query, key, value, grid, self.num_prefix_tokens, rotated)
             if fused is not None:
                 return fused
         if self.has_bias:
@@ -172,9 +170,7 @@ class Positions(nn.ModuleDict):
         rotated_query, rotated_key = self.rotate(query, key, grid, shared)
         logits = (rotated_query * scale) @ rotated_key.transpose(-2, -1)
         if self.has_bias:
-            bias = self.bias(query, key, value, grid, shared)
-            attn_mask = maybe_add_mask(bias, resolve_self_attn_mask(query.shape[2], bias, attn_mask, is_causal))
-            is_causal = False
+            logits = logits + self.bias(query, key, value, grid, shared)
         return maybe_add_mask(logits, resolve_self_attn_mask(query.shape[2], logits, attn_mask, is_causal))
 
     def rotate(
@@ -262,6 +258,11 @@ def parse_position(position: str, position_args: Mapping[str, Any] | None = None
                 f'Valid options: {", ".join(valid_options(name)) or "none"}.'
             )
     return {name: dict(position_args.get(name, {})) for name in names}
+
+
+def has_learned_embedding(options: Mapping[str, Any]) -> bool:
+    """Tell whether any of the named encodings is timm's own `pos_embed`."""
+    return any(ENCODINGS[name].has_learned_embedding for name in options)
 
 
 def valid_options(name: str) -> list[str]:

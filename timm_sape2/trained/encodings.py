@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 
 import timm
 from timm.layers import RotaryEmbeddingCat
-from timm.models import get_model_args, is_model_in_modules
+from timm.models import is_model_in_modules
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..models.vit import PositionVisionTransformer
-from ..positions import ENCODINGS, parse_position, valid_options
+from ..positions import ENCODINGS, valid_options
 
 Encodings: TypeAlias = dict[str, dict[str, Any]]
 """Options by name, without those that may differ after training; {} is no encoding."""
@@ -30,7 +30,7 @@ def encodings_of(model: nn.Module) -> Encodings | None:
     timm's vision transformers have 'learned' embeddings or none, its rotary ones 'rope' or 'rope_mixed'.
     """
     if isinstance(model, PositionVisionTransformer):
-        options = parse_position(model.position_name, get_model_args(model).get('position_args'))
+        options: Any = model.position_options
         return {name: _in_full(name, given) for name, given in options.items() if name != 'nope'}
     learned: Encodings = {} if getattr(model, 'pos_embed', None) is None else {'learned': {}}
     if type(model) is VisionTransformer:
