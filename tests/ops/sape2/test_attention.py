@@ -19,20 +19,20 @@ def attend(*inputs, **kwargs):
     return sape2_attention(*inputs, **({'grid': GRID, 'num_prefix_tokens': 1} | kwargs))
 
 
-def reasons(query, grid=GRID, **kwargs):
-    """What `choose` says where gates come from the keys."""
-    return choose(query, query, query, query, grid, **kwargs)
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr('timm_sape2.ops.sape2.cpu_library.why_not_compiled', lambda double: 'no C compiler')
 
 
 class TestChoose:
     def test_on_a_cpu(self):
-        assert reasons(torch.zeros(1, 1, 13, 16)) == (
+        assert choose(torch.zeros(1, 1, 13, 16), GRID) == (
             'cpu',
             {'triton': 'not a CUDA tensor', 'recompute': 'not asked for', 'reference': 'cpu is better'},
         )
 
     def test_the_kernel_comes_first(self, triton_device):
-        name, against = reasons(torch.zeros(1, 1, 13, 16, device=triton_device), recompute=True)
+        name, against = choose(torch.zeros(1, 1, 13, 16, device=triton_device), GRID, recompute=True)
         assert name == 'triton'
         assert set(against) == {'cpu', 'recompute', 'reference'} and against['recompute'] == 'triton is better'
 
@@ -42,32 +42,39 @@ class TestChoose:
             ({'dtype': torch.float64}, GRID, {}, 'torch.float64 is none of float32, bfloat16 and float16'),
             ({'size': (1, 1, 13, 8)}, GRID, {}, 'head dimension 8 is outside 16 to 128'),
             ({'size': (1, 1, 13, 136)}, GRID, {}, 'head dimension 136 is outside 16 to 128'),
-            ({}, (129, 3), {}, 'the grid 129x3 has more than 128 rows or columns'),
-            ({}, (3, 129), {}, 'the grid 3x129 has more than 128 rows or columns'),
+            ({}, (65, 3), {}, 'the grid 65x3 has more than 64 rows or columns'),
+            ({}, (3, 65), {}, 'the grid 3x65 has more than 64 rows or columns'),
             ({}, GRID, {'target': 'qk'}, "target='qk' has two signatures an axis"),
+            (
+                {'size': (1, 1, 34, 72)},
+                (1, 33),
+                {},
+                'float32 lines of 33 with 72 channels need more memory than a program has',
+            ),
         ],
     )
     def test_what_the_kernel_cannot_do(self, triton_device, query, grid, options, reason):
         query = torch.zeros(**({'size': (1, 1, 13, 16)} | query), device=triton_device)
-        assert reasons(query, grid, **options)[1]['triton'] == reason
+        assert choose(query, grid, **options)[1]['triton'] == reason
 
     def test_triton_is_not_installed(self, triton_device, monkeypatch):
         monkeypatch.setattr(attention, '_HAS_TRITON', False)
-        assert reasons(torch.zeros(1, 1, 13, 16))[1]['triton'] == 'triton is not installed'
+        assert choose(torch.zeros(1, 1, 13, 16), GRID)[1]['triton'] == 'triton is not installed'
 
     def test_fused_attention_switched_off_in_timm(self, triton_device):
         set_fused_attn(False)
         try:
-            assert 'set_fused_attn' in reasons(torch.zeros(1, 1, 13, 16))[1]['triton']
+            name, against = choose(torch.zeros(1, 1, 13, 16), GRID)
         finally:
             set_fused_attn(True)
+        assert name == 'reference' and 'set_fused_attn' in against['triton'] and against['cpu'] == against['triton']
 
     def test_export_and_tracing(self, triton_device):
         found = []
 
         class Ask(torch.nn.Module):
             def forward(self, query):
-                found.append(reasons(query, recompute=True))
+                found.append(choose(query, GRID, recompute=True))
                 return query + 1
 
         torch.jit.trace(Ask(), torch.zeros(1, 1, 13, 16), check_trace=False)
@@ -75,14 +82,14 @@ class TestChoose:
         assert len(found) >= 2
         for name, against in found:
             assert name == 'reference'
-            assert against['triton'] == against['recompute'] == 'the model is being exported'
+            assert {against[other] for other in ('triton', 'cpu', 'recompute')} == {'the model is being exported'}
 
-    def test_recompute_where_nothing_else_can_run(self):
+    def test_recompute_where_nothing_else_can_run(self, no_compiler):
         query = torch.zeros(1, 1, 13, 16)
-        assert reasons(query, target='qk', recompute=True)[0] == 'recompute'
-        assert reasons(query, target='qk')[0] == 'reference'
+        assert choose(query, GRID, recompute=True)[0] == 'recompute'
+        assert choose(query, GRID)[0] == 'reference'
         with torch.no_grad():
-            name, against = reasons(query, target='qk', recompute=True)
+            name, against = choose(query, GRID, recompute=True)
         assert (name, against['recompute']) == ('reference', 'no gradients are computed')
 
 
@@ -97,10 +104,12 @@ class TestImplementations:
             pytest.skip('for tensors on a CPU')
         torch.testing.assert_close(attend(*inputs, implementation=implementation), expected, rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.parametrize('implementation', ['auto', 'triton', 'reference'])
+    @pytest.mark.parametrize('implementation', ['auto', *IMPLEMENTATIONS])
     @pytest.mark.parametrize('target', ['k', 'q'])
     def test_rotation_moves_logits_and_no_signatures(self, triton_device, implementation, target):
         inputs = [x.to(triton_device) for x in random_inputs()]
+        if inputs[0].is_cuda and implementation == 'cpu':
+            pytest.skip('for tensors on a CPU')
         sines = torch.randn(13, 32, device=triton_device)
         query, key = (apply_rot_embed_cat(x, sines) for x in inputs[:2])
         patches = [x[:, :, 1:] for x in inputs[:2]]

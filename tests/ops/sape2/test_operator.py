@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from timm_sape2.ops.sape2 import sape2_attention
-from timm_sape2.ops.sape2.operator import triton_attention
+from timm_sape2.ops.sape2.operator import _attention
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 
@@ -23,13 +23,6 @@ def inputs(device):
     return [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
 
 
-@pytest.fixture
-def signatures(inputs):
-    """Queries, keys, values and signatures, as the operator gets them."""
-    shapes = [(2, 2, 12, 4), (2, 2, 12, 3)]
-    return inputs[:3] + [torch.randn(shape, device=inputs[0].device, requires_grad=True) for shape in shapes]
-
-
 def attend(query, key, value, *tables, implementation='triton'):
     return sape2_attention(
         query, key, value, key, *tables, grid=(3, 4), num_prefix_tokens=1, implementation=implementation
@@ -40,13 +33,15 @@ def gradients(function, inputs):
     return torch.autograd.grad(function(*inputs).float().square().sum(), inputs)
 
 
-def test_opcheck(signatures):
-    torch.library.opcheck(triton_attention, (*signatures, 1, 0.25))
+def test_opcheck(inputs):
+    query, key, value, *tables = inputs
+    torch.library.opcheck(_attention, (query, key, value, None, None, None, *tables, 3, 4, 1, 'key', 'k', 0.25))
 
 
-def test_opcheck_of_views_without_columns(signatures):
-    views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in signatures[:3]]
-    torch.library.opcheck(triton_attention, (*views, signatures[3], views[0].new_empty(2, 2, 12, 0), 1, 0.25))
+def test_opcheck_of_views_without_columns(inputs):
+    query, key, value = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs[:3])
+    others = [torch.randn_like(query).requires_grad_() for _ in range(3)]
+    torch.library.opcheck(_attention, (query, key, value, *others, inputs[3], None, 3, 4, 1, 'other', 'q', 0.25))
 
 
 @pytest.mark.parametrize('axes', ['xy', 'x', 'y'])
@@ -103,9 +98,11 @@ def test_nothing_is_kept_where_no_gradient_is_needed(inputs):
     assert attend(*(x.detach() for x in inputs)).grad_fn is None
 
 
-def test_memory_is_linear_in_the_tokens(signatures):
-    """What the backward pass is given: the five inputs, the output, and one number for each query."""
+def test_memory_is_linear_in_the_tokens(inputs):
+    """What the backward pass is given: the five inputs, the output, a number and two norms a token, and its points."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        triton_attention(*signatures, 1, 0.25)
-    assert sorted(x.numel() for x in kept) == sorted([x.numel() for x in signatures] + [2 * 2 * 13 * 16, 2 * 2 * 13])
+        attend(*inputs)
+    tokens = 2 * 2 * 13
+    expected = [x.numel() for x in inputs] + [tokens * 16, tokens, tokens * 2, tokens * (16 + 16)]
+    assert sorted(x.numel() for x in kept) == sorted(expected)

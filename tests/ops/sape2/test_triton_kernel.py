@@ -1,14 +1,16 @@
-"""The Triton kernel against the definition in float64, forward and every gradient.
+"""The Triton kernels against the definition in float64, forward and every gradient.
 
-Without a GPU the kernel runs in Triton's interpreter, which has the arithmetic but not the speed.
+Without a GPU the kernels run in Triton's interpreter, which has the arithmetic but not the speed. Most tests want
+signatures of their own choice: gates of 1 and tables of unit vectors make each signature a part of its query.
 """
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from timm_sape2.ops.sape2.operator import triton_attention
+from timm_sape2.ops.sape2 import sape2_attention
 
 pytestmark = pytest.mark.filterwarnings('ignore::RuntimeWarning:triton')
 NAMES = ('query', 'key', 'value', 'row_signature', 'column_signature')
@@ -20,11 +22,12 @@ def device(triton_device):
 
 
 def random_inputs(grid, prefix=1, heads=1, dim=16, dtype=torch.float32, size=1.0, device='cpu', batch=1):
+    """Queries, keys, values and signatures, which are numbers that dtype has."""
     height, width = grid
     tokens = prefix + height * width
     query, key, value = (torch.randn(batch, heads, tokens, dim).to(dtype) for _ in range(3))
-    rows, columns = (size * torch.randn(batch, heads, height * width, length) for length in (width, height))
-    return [x.to(device).requires_grad_() for x in (query, key, value, rows, columns)]
+    signatures = (size * torch.randn(batch, heads, height * width, length) for length in (width, height))
+    return [x.to(device).requires_grad_() for x in (query, key, value, *(x.to(dtype).float() for x in signatures))]
 
 
 def with_gradients(attend, inputs, grad_output):
@@ -51,10 +54,32 @@ def by_definition(grid, prefix):
 
 
 def by_kernel(grid, prefix):
-    """Attention by the kernel, on memory that is full of NaN before it is written to."""
+    """Attention by the kernel, with signatures that are parts of queries which have no other use."""
+    height, width = grid
 
-    def attend(*inputs):
-        return triton_attention(*inputs, prefix, inputs[0].shape[-1] ** -0.5)[0]
+    def attend(query, key, value, rows, columns):
+        dim = query.shape[-1]
+        channels = max(16, dim, width + height)
+        units = torch.eye(channels, device=query.device)
+        nothing = units.new_zeros(1, channels)
+        row_table = torch.cat([nothing, units[:width].flip(0)])  # position n is n patches from the end of the line
+        column_table = torch.cat([nothing, units[width : width + height].flip(0)])
+        signatures = F.pad(torch.cat([rows, columns], -1), (0, channels - width - height, prefix, 0)).to(query.dtype)
+        logit_query, logit_key, value = (F.pad(x, (0, channels - dim)) for x in (query, key, value))
+        return sape2_attention(
+            signatures,
+            torch.zeros_like(signatures),
+            value,
+            None,
+            row_table,
+            column_table,
+            grid,
+            prefix,
+            scale=dim**-0.5,
+            logit_query=logit_query,
+            logit_key=logit_key,
+            implementation='triton',
+        )[..., :dim]
 
     return attend
 
@@ -123,7 +148,7 @@ class TestAgainstTheDefinition:
     def test_head_dimensions(self, device, dim):
         check(random_inputs((3, 4), dim=dim, device=device), (3, 4), 1, forward=1e-5, backward=1e-4)
 
-    @pytest.mark.parametrize(('grid', 'dtype'), [((1, 128), torch.bfloat16), ((40, 2), torch.float32)], ids=str)
+    @pytest.mark.parametrize(('grid', 'dtype'), [((1, 64), torch.bfloat16), ((40, 2), torch.float32)], ids=str)
     def test_long_lines(self, device, grid, dtype):
         forward, backward = (1e-5, 1e-4) if dtype == torch.float32 else (2e-2, 2e-2)
         check(random_inputs(grid, dtype=dtype, device=device), grid, 1, forward, backward)
@@ -140,7 +165,7 @@ class TestAgainstTheDefinition:
     def test_signatures_far_from_the_origin(self, device):
         """Their distances are small against their norms: products would cancel if they were not centred."""
         inputs = random_inputs((7, 9), dtype=torch.bfloat16, device=device)
-        inputs[3:] = [(x.detach() + 100).requires_grad_() for x in inputs[3:]]
+        inputs[3:] = [(x.detach() + 100).bfloat16().float().requires_grad_() for x in inputs[3:]]
         check(inputs, (7, 9), 1, forward=2e-2, backward=2e-2)
 
     def test_gradient_of_none_but_the_values(self, device):
@@ -210,3 +235,132 @@ class TestNotFinite:
         output = by_kernel((3, 4), 1)(*inputs)
         expected = by_definition((3, 4), 1)(*(x.double() for x in inputs))
         assert torch.equal(output.isfinite(), expected.isfinite())
+
+
+def whole(dtype, device, grid=(7, 9), prefix=2, dim=16, count=10, size=0.1):
+    """Queries, keys, values, keys of gates, queries and keys of logits, and tables."""
+    tensors = [torch.randn(1, 2, prefix + grid[0] * grid[1], dim).to(dtype) for _ in range(6)]
+    tables = [size * torch.randn(count, dim) for _ in 'xy']
+    return [x.to(device).requires_grad_() for x in (*tensors, *tables)]
+
+
+@pytest.mark.usefixtures('poisoned_memory')
+class TestFromQueriesToOutputs:
+    """All steps, signatures too, against the reference in float64."""
+
+    @staticmethod
+    def check(inputs, grid=(7, 9), prefix=2, forward=1e-5, backward=1e-4, **options):
+        gates, rotated = options.pop('gates', 'key'), options.pop('rotated', False)
+        axes = options.pop('axes', 'xy')
+
+        def attend(query, key, value, gate_key, logit_query, logit_key, *tables, implementation):
+            gate_key = {'none': None, 'key': key, 'value': value, 'other': gate_key}[gates]
+            tables = (table if axis in axes else None for table, axis in zip(tables, 'xy', strict=True))
+            more = {'logit_query': logit_query, 'logit_key': logit_key} if rotated else {}
+            return sape2_attention(
+                query, key, value, gate_key, *tables, grid, prefix, implementation=implementation, **more, **options
+            )
+
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        expected = attend(*exact, implementation='reference')
+        output = attend(*inputs, implementation='triton')
+        assert output.dtype == inputs[0].dtype
+        assert relative_error(output.detach(), expected.detach()) <= forward
+        grad_output = torch.randn_like(expected)
+        expected_grads = torch.autograd.grad(expected, exact, grad_output, allow_unused=True)
+        grads = torch.autograd.grad(output, inputs, grad_output.to(output), allow_unused=True)
+        for x, grad, expected_grad in zip(inputs, grads, expected_grads, strict=True):
+            if expected_grad is None or not expected_grad.any():
+                assert grad is None or not grad.any()
+            else:
+                assert grad.dtype == x.dtype and relative_error(grad, expected_grad) <= backward
+
+    @pytest.mark.parametrize('target', ['k', 'q'])
+    @pytest.mark.parametrize('gates', ['none', 'key', 'value', 'other'])
+    def test_targets_and_gates(self, device, target, gates):
+        self.check(whole(torch.float32, device, (3, 5)), (3, 5), target=target, gates=gates)
+
+    @pytest.mark.parametrize('target', ['k', 'q'])
+    @pytest.mark.parametrize('axes', ['xy', 'x', 'y'])
+    def test_rotation_and_single_axes(self, device, target, axes):
+        self.check(whole(torch.float32, device, (3, 5)), (3, 5), target=target, axes=axes, rotated=True)
+
+    @pytest.mark.parametrize('count', [2, 3, 40])
+    def test_tables(self, device, count):
+        """With as few entries as there can be, and with more than positions."""
+        self.check(whole(torch.float32, device, count=count))
+
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize('options', [{}, {'target': 'q', 'gates': 'other'}, {'rotated': True}], ids=str)
+    def test_half_precision(self, device, dtype, options):
+        self.check(whole(dtype, device), forward=2e-2, backward=2e-2, **options)
+
+    @pytest.mark.parametrize('grid', [(2, 16), (4, 16), (5, 33), (64, 4)], ids=str)
+    def test_lengths_of_lines(self, device, grid):
+        """Half precision has a norm behind the signature in memory, and room for it or not."""
+        self.check(whole(torch.bfloat16, device, grid, 1, size=0.03), grid, 1, forward=2e-2, backward=2e-2)
+
+    def test_more_lines_than_a_program_takes(self, device):
+        self.check(whole(torch.float32, device, (18, 3), 1), (18, 3), 1)
+
+    def test_a_patch_without_a_number(self, device):
+        """NaN in one patch's query spreads to all patches, and not to prefix tokens."""
+        inputs = [x.detach() for x in whole(torch.bfloat16, device)]
+        inputs[0][0, 0, 20, 3] = float('nan')
+        query, key, value, _, logit_query, logit_key, *tables = inputs
+        output = sape2_attention(
+            query,
+            key,
+            value,
+            key,
+            *tables,
+            (7, 9),
+            2,
+            logit_query=logit_query,
+            logit_key=logit_key,
+            implementation='triton',
+        )
+        assert output[0, 0, 2:].isnan().all() and output[0, 0, :2].isfinite().all() and output[0, 1].isfinite().all()
+
+
+@pytest.fixture(params=[False, True], ids=['in roles', 'at once'])
+def hopper(request, monkeypatch):
+    """Whether the backward kernel has the registers of a Hopper."""
+    triton_kernel = pytest.importorskip('timm_sape2.ops.sape2.triton_kernel')
+    monkeypatch.setattr(triton_kernel, '_is_hopper', lambda: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures('poisoned_memory', 'hopper')
+@pytest.mark.parametrize('grid', [(4, 5), (4, 36)], ids=str)
+def test_roles_of_the_backward_kernel(device, grid):
+    """Everything at once, queries and keys after each other, or long lines, which take three launches."""
+    TestFromQueriesToOutputs.check(
+        whole(torch.bfloat16, device, grid, 1, size=0.03), grid, 1, forward=2e-2, backward=2e-2
+    )
+
+
+def test_launches(device, hopper, monkeypatch):
+    """Two kernels forward; three backward, or four, and a sum for each table."""
+    triton_kernel = pytest.importorskip('timm_sape2.ops.sape2.triton_kernel')
+    launched = []
+
+    def count(name, run):
+        return lambda *args, **kwargs: launched.append(name) or run(*args, **kwargs)
+
+    for name in (
+        '_signature_kernel',
+        '_forward_kernel',
+        '_delta_kernel',
+        '_backward_kernel',
+        '_signature_backward_kernel',
+    ):
+        kernel = getattr(triton_kernel, name)
+        monkeypatch.setattr(kernel, 'run', count(name, kernel.run))
+    query, key, value, *_, row_table, column_table = whole(torch.bfloat16, device, (4, 5), 1)
+    output = sape2_attention(query, key, value, key, row_table, column_table, (4, 5), 1, implementation='triton')
+    assert launched == ['_signature_kernel', '_forward_kernel']
+    launched.clear()
+    output.backward(torch.ones_like(output))
+    roles = ['_backward_kernel'] if hopper else ['_backward_kernel', '_backward_kernel']
+    assert launched == ['_delta_kernel', *roles, '_signature_backward_kernel']

@@ -4,5 +4,4 @@ from .attention import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .attention import choose as choose
 from .attention import sape2_attention as sape2_attention
 from .attention import why_not as why_not
-from .cpu import release_buffers as release_buffers
 from .reference import sape2_bias as sape2_bias

@@ -12,73 +12,67 @@ from torch import Tensor
 from ..._compat import is_being_exported
 from .cpu import cpu_attention, why_not_cpu
 from .operator import triton_attention
-from .reference import sape2_bias, sape2_signatures, scale_tables
+from .reference import sape2_bias, scale_tables
 
 IMPLEMENTATIONS = ('triton', 'cpu', 'recompute', 'reference')
 """Ways to compute SaPE2 attention, the best first."""
 
 HEAD_DIMS = (16, 128)
-MOST_LINES = 128
+MOST_LINES = 64
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
 def choose(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate_key: Tensor | None,
     grid: tuple[int, int],
     target: str = 'k',
-    rotated: bool = False,
     recompute: bool = False,
 ) -> tuple[str, dict[str, str]]:
     """Choose an implementation of SaPE2 attention.
 
     Args:
-        query: Queries, (B, h, P + N, d).
-        key: Keys, (B, h, P + N, d).
-        value: Values, (B, h, P + N, d).
-        gate_key: What gates are read from, (B, h, P + N, d), usually `key` itself; None for gates of 1.
+        query: Queries, (B, h, P + N, d), for their device, dtype and head dimension.
         grid: Rows and columns of patches (H, W).
         target: 'k', 'q' or 'qk'.
-        rotated: Logits come from other queries and keys than signatures.
-        recompute: Nothing with N x N numbers may be stored for the backward pass.
+        recompute: The reference may not store anything with N x N numbers for the backward pass.
 
     Returns:
         One of `IMPLEMENTATIONS`, and for each other one the reason against it, such as 'not a CUDA tensor'.
     """
-    reasons = why_not(query, key, value, gate_key, grid, target, rotated, recompute)
+    reasons = why_not(query, grid, target, recompute)
     name = next(name for name in IMPLEMENTATIONS if reasons[name] is None)
     return name, {other: reasons[other] or f'{name} is better' for other in IMPLEMENTATIONS if other != name}
 
 
 def why_not(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate_key: Tensor | None,
     grid: tuple[int, int],
     target: str = 'k',
-    rotated: bool = False,
     recompute: bool = False,
 ) -> dict[str, str | None]:
     """Tell for each of `IMPLEMENTATIONS` why it cannot run, None if it can; the arguments are those of `choose`."""
+    for_both = why_not_fused()
     return {
-        'triton': why_not_triton(query, grid, target),
-        'cpu': why_not_cpu(query, key, value, gate_key, target, rotated),
+        'triton': for_both or why_not_triton(query, grid, target),
+        'cpu': for_both or why_not_cpu(query),
         'recompute': why_not_recompute(recompute),
         'reference': None,
     }
+
+
+def why_not_fused() -> str | None:
+    """Tell why only the reference may compute attention, None if others may too."""
+    if is_being_exported():
+        return 'the model is being exported'
+    if not use_fused_attn():
+        return "timm's fused attention is switched off (timm.layers.set_fused_attn, TIMM_FUSED_ATTN)"
+    return None
 
 
 def why_not_triton(query: Tensor, grid: tuple[int, int], target: str) -> str | None:
     """Tell why the Triton kernel cannot compute attention with these queries, grid and target, None if it can."""
     height, width = grid
     least, most = HEAD_DIMS
-    if is_being_exported():
-        return 'the model is being exported'
-    if not use_fused_attn():
-        return "timm's fused attention is switched off (timm.layers.set_fused_attn, TIMM_FUSED_ATTN)"
     if not _HAS_TRITON:
         return 'triton is not installed'
     if not query.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
@@ -91,6 +85,10 @@ def why_not_triton(query: Tensor, grid: tuple[int, int], target: str) -> str | N
         return f'head dimension {query.shape[-1]} is outside {least} to {most}'
     if max(height, width) > MOST_LINES:
         return f'the grid {height}x{width} has more than {MOST_LINES} rows or columns'
+    if query.dtype == torch.float32 and query.shape[-1] > 64 and max(height, width) > 32:
+        return (
+            f'float32 lines of {max(height, width)} with {query.shape[-1]} channels need more memory than a program has'
+        )
     if target == 'qk':
         return "target='qk' has two signatures an axis"
     return None
@@ -142,7 +140,8 @@ def sape2_attention(
         reference_grid: (H, W) as a tensor of two, to scale distances to the grid as `scale_tables` says.
         logit_query: Queries of the logits, (B, h, P + N, d), if not `query`: rotated ones.
         logit_key: Keys of the logits, (B, h, P + N, d), if not `key`.
-        recompute: Compute logits and bias again in the backward pass instead of storing them.
+        recompute: Where only the reference can run, compute logits and bias again in the backward pass instead of
+            storing them; the others never store them.
         implementation: One of `IMPLEMENTATIONS`, or 'auto' for what `choose` says.
 
     Returns:
@@ -167,13 +166,12 @@ def sape2_attention(
         num_prefix_tokens,
         target,
     )
-    rotated = logit_query is not query or logit_key is not key
     if implementation == 'auto':
-        implementation, _ = choose(query, key, value, gate_key, grid, target, rotated, recompute)
+        implementation, _ = choose(query, grid, target, recompute)
     elif implementation not in IMPLEMENTATIONS:
         raise ValueError(f'implementation must be one of auto, {", ".join(IMPLEMENTATIONS)}, got {implementation!r}.')
     elif implementation in ('triton', 'cpu'):
-        reason = why_not(query, key, value, gate_key, grid, target, rotated)[implementation]
+        reason = why_not(query, grid, target)[implementation]
         if reason is not None:
             raise ValueError(f'implementation={implementation!r} cannot run: {reason}.')
 
@@ -181,44 +179,14 @@ def sape2_attention(
         return F.scaled_dot_product_attention(logit_query, logit_key, value, scale=scale)
     row_table, column_table = scale_tables(row_table, column_table, grid, reference_grid)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == 'cpu':
-        semantic = gate_key is not None
-        return cpu_attention(
-            query, key, value, row_table, column_table, grid, num_prefix_tokens, semantic, target, scale, recompute
-        )
     inputs = (query, key, value, gate_key, row_table, column_table, logit_query, logit_key)
     if implementation == 'triton':
-        return _triton_attention(*inputs, grid, num_prefix_tokens, target, scale)
+        return triton_attention(*inputs, grid, num_prefix_tokens, target, scale)
+    if implementation == 'cpu':
+        return cpu_attention(*inputs, grid, num_prefix_tokens, target, scale)
     if implementation == 'recompute':
         return checkpoint(_reference_attention, *inputs, grid, num_prefix_tokens, target, scale)
     return _reference_attention(*inputs, grid, num_prefix_tokens, target, scale)
-
-
-def _triton_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate_key: Tensor | None,
-    row_table: Tensor | None,
-    column_table: Tensor | None,
-    logit_query: Tensor,
-    logit_key: Tensor,
-    grid: tuple[int, int],
-    num_prefix_tokens: int,
-    target: str,
-    scale: float,
-) -> Tensor:
-    """Attention by the Triton kernel, from signatures in PyTorch."""
-    query, key = query[:, :, num_prefix_tokens:], key[:, :, num_prefix_tokens:]
-    gate_key = None if gate_key is None else gate_key[:, :, num_prefix_tokens:]
-    axes = sape2_signatures(query, key, gate_key, row_table, column_table, grid, scale, target)
-    nothing = query.new_empty(*query.shape[:3], 0, dtype=torch.float32)
-    rows, columns = (signatures[0].float() if signatures else nothing for signatures in axes)
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        logit_query, logit_key, value = (x.to(dtype) for x in (logit_query, logit_key, value))
-    return triton_attention(logit_query, logit_key, value, rows, columns, num_prefix_tokens, scale)[0]
 
 
 def _reference_attention(

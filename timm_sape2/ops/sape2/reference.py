@@ -67,11 +67,9 @@ def interpolate(scores: Tensor, positions: Tensor) -> Tensor:
     Returns:
         Scores at the positions, (..., L, L).
     """
-    lower = positions.floor().clamp(max=scores.shape[-1] - 2)
-    index = lower.long().clamp(0, scores.shape[-1] - 2)  # NaN has no index, but must come out as NaN
-    at_lower = scores.gather(-1, index)
-    at_upper = scores.gather(-1, index + 1)
-    return at_lower + (positions - lower) * (at_upper - at_lower)
+    index = positions.detach().long().clamp(0, scores.shape[-1] - 2)  # NaN has no index, but must come out as NaN
+    lower, upper = scores.gather(-1, index), scores[..., 1:].gather(-1, index)
+    return lower + (positions - index) * (upper - lower)  # torch.lerp does not export to ONNX with onnxscript 0.6
 
 
 def signatures(content: Tensor, gates: Tensor, table: Tensor) -> Tensor:
