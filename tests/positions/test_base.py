@@ -15,6 +15,10 @@ def test_hooks_do_nothing_by_default():
     assert encoding.rotate(query, key, grid) == (query, key)
     assert encoding.prepare(grid, tokens.device) is None
     assert encoding.attention_bias(query, key, value, grid) is None
+    assert encoding.look(tokens, grid, query) is query
+    assert encoding.logit_channels(query, key, value, grid) is None
+    assert encoding.value_channels(value, grid) is None
+    assert encoding.add_to_output(value, key, grid) is value
     assert encoding.fused_attention(query, key, value, grid, 1) is None
     state = {'x': tokens}
     encoding.adapt_state_dict(state, 'blocks.0.', None)

@@ -7,7 +7,25 @@ import torch
 
 from timm_sape2.positions import ENCODINGS, HostShape, Positions, parse_position, valid_options
 
-PAIRS = list(itertools.combinations([name for name in ENCODINGS if name != 'nope'], 2))
+PAIRS = [
+    ('learned', 'sincos'),
+    ('learned', 'cpe'),
+    ('learned', 'rope'),
+    ('learned', 'relbias'),
+    ('learned', 'sape2'),
+    ('sincos', 'axial_cope'),
+    ('cpe', 'rope_mixed'),
+    ('cpe', 'alibi'),
+    ('cpe', 'shaw'),
+    ('rope', 'liere'),
+    ('rope', 'sape2'),
+    ('rope', 'shaw'),
+    ('relbias', 'cope'),
+    ('lookhere', 'axial_cope'),
+    ('fire', 'shaw'),
+    ('shaw', 'axial_cope'),
+    ('pape', 'sape2'),
+]
 HOST = HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
 
 
@@ -22,8 +40,10 @@ def test_options_are_the_keyword_arguments_of_the_encoding():
         'gate_source',
         'axes',
         'num_positions',
+        'distance',
         'distance_scale',
         'recompute',
+        'initial_std',
     ]
     assert valid_options('learned') == []
 
@@ -56,6 +76,19 @@ def test_bad_names_and_options(position, position_args, message):
         parse_position(position, position_args)
 
 
+def test_pairs_are_of_all_encodings_and_of_all_hooks_that_results_meet_in():
+    hooks = ('add_to_tokens', 'mix_tokens', 'rotate', 'attention_bias', 'logit_channels')
+
+    def acts_in(name: str) -> set[str]:
+        learned = {'add_to_tokens'} if ENCODINGS[name].has_learned_embedding else set()  # by timm
+        return learned | {hook for hook in hooks if ENCODINGS[name].overrides(hook)}
+
+    met = {frozenset(both) for pair in PAIRS for both in itertools.product(*map(acts_in, pair))}
+    of_one_encoding = {frozenset({'mix_tokens'})}
+    assert met >= {frozenset(both) for both in itertools.product(hooks, hooks)} - of_one_encoding
+    assert {name for pair in PAIRS for name in pair} == set(ENCODINGS) - {'nope'}
+
+
 @pytest.mark.parametrize('pair', PAIRS, ids='+'.join)
 def test_any_two_encodings_go_together(tiny_vit, pair):
     model, images = tiny_vit('+'.join(pair), reg_tokens=2, global_pool='avg'), torch.randn(2, 3, 56, 72)
@@ -71,16 +104,20 @@ def test_any_two_encodings_go_together(tiny_vit, pair):
 
 
 @pytest.mark.parametrize('name', ENCODINGS)
-@pytest.mark.parametrize('size', [(72, 56), (8, 40), (112, 112)])
-def test_state_dict_depends_on_the_image_size_only_where_it_is_resampled(tiny_vit, name, size):
-    shapes = [{k: v.shape for k, v in tiny_vit(name, img_size=s).state_dict().items()} for s in ((56, 72), size)]
-    differing = {key for key in shapes[0] if shapes[0][key] != shapes[1][key]}
-    assert shapes[0].keys() == shapes[1].keys()
-    expected = {
-        'learned': {'pos_embed'} if size != (72, 56) else set(),
-        'relbias': {f'blocks.{i}.attn.position.relbias.bias_table' for i in range(2)},
-    }
-    assert differing == expected.get(name, set())
+def test_state_dict_depends_on_the_image_size_only_where_it_is_resampled(tiny_vit, name):
+    def shapes_at(size):
+        return {key: value.shape for key, value in tiny_vit(name, img_size=size).state_dict().items()}
+
+    shapes = shapes_at((56, 72))
+    for size in ((72, 56), (8, 40), (112, 112)):
+        others = shapes_at(size)
+        differing = {key for key in shapes if shapes[key] != others[key]}
+        assert shapes.keys() == others.keys()
+        expected = {
+            'learned': {'pos_embed'} if size != (72, 56) else set(),
+            'relbias': {f'blocks.{i}.attn.position.relbias.bias_table' for i in range(2)},
+        }
+        assert differing == expected.get(name, set())
 
 
 @pytest.mark.parametrize('name', ENCODINGS)

@@ -22,7 +22,14 @@ TRANSLATION = {
     'cpe': 'relative inside',
     'rope': 'relative',
     'rope_mixed': 'relative',
+    'liere': 'absolute',
+    'alibi': 'relative',
+    'lookhere': 'relative',
+    'fire': 'relative',
+    'pape': 'relative',
+    'shaw': 'relative inside',
     'cope': 'content-based',
+    'axial_cope': 'content-based',
     'sape2': 'content-based',
     'learned+sape2': 'absolute',
     'learned+rope': 'absolute',
@@ -43,7 +50,7 @@ def initialise(self, host, *, device=None, dtype=None):
 
 def is_independent_of_grid(position: str) -> bool:
     """Tell whether a state dict has the same shapes for two image sizes."""
-    models = [PositionVisionTransformer(grid, position=position, device='meta', **TINY) for grid in ((7, 9), (14, 14))]
+    models = [PositionVisionTransformer(grid, position=position, **TINY) for grid in ((7, 9), (14, 14))]
     first, second = ({name: value.shape for name, value in model.state_dict().items()} for model in models)
     return first == second
 
@@ -54,9 +61,10 @@ def describe_translation(position: str) -> str:
 
     There is no class token. Patches of content lie on an otherwise empty canvas that no token attends to, clear of its
     border. 'none': patches in another order keep their features. 'relative': they keep them when all are moved alike.
-    'absolute': they do not, and the features of an image of one colour tell places apart. 'content-based': they do not,
-    and those do not either, so positions come from what lies around. An encoding that is relative, yet tells places
-    apart in an image of one colour, does so at the border and is 'relative inside'.
+    'content-based': they do not, and another colour of the canvas changes them too, so positions come from what lies
+    around. 'absolute': they do not, and the canvas is of no account, or the features of an image of one colour tell
+    places apart. An encoding that is relative, yet tells places apart in an image of one colour, does so at the border
+    and is 'relative inside'.
 
     Args:
         position: Names of encodings joined by '+'.
@@ -78,7 +86,8 @@ def describe_translation(position: str) -> str:
     tells_places = not are_equal(plain, plain[:, :1].expand_as(plain))
     if is_relative:
         return 'relative inside' if tells_places else 'relative'
-    return 'absolute' if tells_places else 'content-based'
+    sees_canvas = not are_equal(features_at(model, content, (1, 1), canvas=1.0), features)
+    return 'content-based' if sees_canvas and not tells_places else 'absolute'
 
 
 def random_model(position: str) -> PositionVisionTransformer:
@@ -94,10 +103,12 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first, second, rtol=0, atol=1e-4)
 
 
-def features_at(model: PositionVisionTransformer, content: Tensor, place: tuple[int, int]) -> Tensor:
+def features_at(
+    model: PositionVisionTransformer, content: Tensor, place: tuple[int, int], canvas: float = 0.0
+) -> Tensor:
     """Return the features (1, N, C) of content (1, 3, H, W) at a place on the canvas; the rest is not attended to."""
     rows, columns = (slice(start, start + size) for start, size in zip(place, content.shape[2:], strict=True))
-    image = content.new_zeros(1, 3, *CANVAS)
+    image = content.new_full((1, 3, *CANVAS), canvas)
     image[:, :, rows, columns] = content
     is_content = torch.zeros(CANVAS, dtype=torch.bool)
     is_content[rows, columns] = True
@@ -150,7 +161,7 @@ def test_only_learned_embeddings_and_relative_bias_depend_on_the_grid():
 @pytest.mark.parametrize('name', ENCODINGS)
 def test_learned_encodings_have_parameters(name):
     counts = [
-        sum(p.numel() for p in PositionVisionTransformer(CANVAS, position=position, device='meta', **TINY).parameters())
+        sum(p.numel() for p in PositionVisionTransformer(CANVAS, position=position, **TINY).parameters())
         for position in ('nope', name)
     ]
     assert (counts[1] > counts[0]) == (ENCODINGS[name].kind == 'learned')

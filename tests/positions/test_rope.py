@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from timm.layers import RotaryEmbeddingDinoV3
 
 from timm_sape2.models.convert import checkpoint_filter_fn, rename_from_timm_rope
 from timm_sape2.positions import ENCODINGS, HostShape
 from timm_sape2.positions.rope import AxialRotaryPosition, MixedRotaryPosition
+from timm_sape2.training.processes import seed_epoch
 
 CPU = torch.device('cpu')
+SIZE = dict(embed_dim=128, num_heads=2, depth=3, num_classes=7)
 HOST = HostShape(embed_dim=32, num_heads=2, grid=(7, 9), num_prefix_tokens=1)
 
 
@@ -74,6 +77,72 @@ def test_axial_has_nothing_to_store():
     assert not AxialRotaryPosition(HOST).state_dict()
 
 
+class TestNormalizedCoordinates:
+    OPTIONS = ({}, {'shift': 0.5}, {'jitter': 1.5}, {'rescale': 2.0}, {'shift': 0.1, 'jitter': 1.2, 'rescale': 3})
+
+    @pytest.mark.parametrize('by', ['separate', 'max', 'min'])
+    @pytest.mark.parametrize('options', OPTIONS, ids=str)
+    @pytest.mark.parametrize('grid', [(7, 9), (1, 5)])
+    def test_angles_are_those_of_timms_dinov3(self, by, options, grid):
+        """In training and after it, with the same random numbers; DINOv3 has rows in the first half."""
+        rope = AxialRotaryPosition(HOST, coordinates=by, **options)
+        theirs = {f'{name}_coords': value for name, value in options.items()}
+        timms = RotaryEmbeddingDinoV3(16, rotate_half=False, normalize_coords=by, **theirs)
+        for training in (True, False):
+            expected, found = [], []
+            for module, results in ((timms.train(training), expected), (rope.train(training), found)):
+                torch.manual_seed(3)
+                results += [module.get_embed(grid) if module is timms else module.prepare(grid, CPU) for _ in range(2)]
+            for theirs, (sin, cos) in zip(expected, found, strict=True):
+                ours = torch.cat([sin.roll(8, dims=1), cos.roll(8, dims=1)], dim=1)
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            assert torch.equal(found[0], found[1]) == (not training or not options)
+
+    def test_three_columns_by_hand(self):
+        """Their centres are at -2/3, 0 and 2/3; the only frequency is 2 pi."""
+        host = HostShape(embed_dim=4, num_heads=1, grid=(1, 3), num_prefix_tokens=0)
+        sin, cos = AxialRotaryPosition(host, coordinates='separate').prepare((1, 3), CPU)
+        angles = torch.tensor([-2 / 3, 0, 2 / 3]) * 2 * math.pi
+        torch.testing.assert_close(sin, torch.stack([angles.sin(), angles.sin(), *torch.zeros(2, 3)], dim=1))
+        torch.testing.assert_close(cos, torch.stack([angles.cos(), angles.cos(), *torch.ones(2, 3)], dim=1))
+
+    def test_one_draw_a_forward_for_all_blocks_in_training_alone(self, tiny_vit):
+        options = {'coordinates': 'separate', 'shift': 0.5, 'jitter': 2.0, 'rescale': 2.0}
+        model, images = tiny_vit('rope', position_args={'rope': options}), torch.randn(1, 3, 56, 72)
+        assert torch.equal(model(images), model(images))
+        model.train()
+        first, second = model(images), model(images)
+        assert not torch.allclose(first, second)
+        seen = []
+        for block in model.blocks:
+            block.attn.register_forward_pre_hook(lambda module, args: seen.append(args[4]['rope']))
+        model(images)
+        assert seen[0] is seen[1]
+
+    def test_seeding_an_epoch_replays_its_draws(self):
+        """So that a run that is resumed goes on as it would have."""
+        rope = AxialRotaryPosition(HOST, coordinates='separate', jitter=2.0).train()
+        draws = []
+        for epoch in (4, 5, 4):
+            seed_epoch(seed=1, epoch=epoch, rank=0)
+            draws.append(torch.stack([rope.prepare((7, 9), CPU) for _ in range(3)]))
+        assert torch.equal(draws[0], draws[2]) and not torch.allclose(draws[0], draws[1])
+
+    @pytest.mark.parametrize(
+        ('options', 'message'),
+        [
+            ({'coordinates': 'pixels'}, "coordinates must be one of 'patches', 'separate', 'max', 'min', got 'pixels'"),
+            ({'jitter': 2.0}, "jitter=2.0 needs normalised coordinates, such as coordinates='separate'"),
+            ({'coordinates': 'max', 'jitter': 0.5}, 'jitter must be a number of at least 1, got 0.5'),
+            ({'coordinates': 'max', 'shift': -1}, 'shift must be a number of at least 0, got -1'),
+            ({'coordinates': 'max', 'rescale': True}, 'rescale must be a number of at least 1, got True'),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            AxialRotaryPosition(HOST, **options)
+
+
 @pytest.mark.parametrize('name', ['rope', 'rope_mixed'])
 class TestErrors:
     def test_head_dimension(self, name):
@@ -98,7 +167,7 @@ class TestTimm:
     )
 
     def timms(self, name, **kwargs):
-        model = timm.create_model(name, depth=3, num_classes=7, **kwargs).eval()
+        model = timm.create_model(name, **SIZE, **kwargs).eval()
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if 'gamma' in key:
@@ -117,11 +186,13 @@ class TestTimm:
             pretrained=True,
             pretrained_cfg_overlay=overlay,
             init_values=1e-5,
-            **dict(dict(depth=3, num_classes=7, img_size=model.patch_embed.img_size), **kwargs),
+            **dict(SIZE, **dict(dict(img_size=model.patch_embed.img_size), **kwargs)),
         ).eval()
 
-    @pytest.mark.parametrize(('name', 'arguments'), MODELS)
-    @pytest.mark.parametrize('size', [(224, 224), (112, 144)])
+    @pytest.mark.parametrize(
+        ('name', 'arguments', 'size'),
+        [*((*model, (112, 144)) for model in MODELS), (*MODELS[1], (224, 224))],
+    )
     @torch.no_grad()
     def test_logits_with_their_weights(self, tmp_path, name, arguments, size):
         model = self.timms(name, img_size=size)
@@ -155,7 +226,7 @@ class TestTimm:
 
     def test_without_layer_scale_the_message_names_it(self):
         model = self.timms('vit_small_patch16_rope_224', img_size=112)
-        ours = timm.create_model('vit_small_pos_rope', depth=3, num_classes=7, img_size=112)
+        ours = timm.create_model('vit_small_pos_rope', img_size=112, **SIZE)
         ours.pretrained_cfg = dict(ours.pretrained_cfg, num_classes=7, input_size=(3, 112, 112))
         with pytest.raises(ValueError, match=r'unexpected keys: blocks\.0\.ls1\.gamma'):
             checkpoint_filter_fn(model.state_dict(), ours)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from timm_sape2.ops.sape2 import sape2_bias
+from timm_sape2.ops.sape2.reference import pairwise_distances, sape2_signatures
 from timm_sape2.positions import HostShape
 from timm_sape2.positions.sape2 import SaPE2
 
@@ -45,8 +46,25 @@ class TestParameters:
     def test_tables_start_near_two_hundredths_and_train(self):
         encoding = SaPE2(HOST, num_positions=500)
         assert 0.015 < encoding.row_table.std() < 0.025
+        assert 0.15 < SaPE2(HOST, num_positions=500, initial_std=0.2).row_table.std() < 0.25
         bias(encoding).sum().backward()
         assert encoding.row_table.grad.abs().sum() > 0
+
+    def test_bias_is_proportional_to_the_tables_and_its_gradient_does_not_shrink_with_them(self):
+        """So small tables are a gain near 0 that learns at once; at 0 itself, the gradient of distances is 0."""
+        biases, gradients = {}, {}
+        for share in (1.0, 0.005, 0.0):
+            torch.manual_seed(0)
+            encoding = SaPE2(HOST, dtype=torch.float64)
+            with torch.no_grad():
+                encoding.row_table *= share
+                encoding.column_table *= share
+            biases[share] = encoding.attention_bias(*inputs(dtype=torch.float64), (7, 9))
+            biases[share].square().sum().sqrt().backward()
+            gradients[share] = encoding.row_table.grad
+        torch.testing.assert_close(biases[0.005], 0.005 * biases[1.0])
+        torch.testing.assert_close(gradients[0.005], gradients[1.0])
+        assert gradients[1.0].abs().max() > 1 and not gradients[0.0].nan_to_num().any()
 
     def test_reset_parameters_after_the_meta_device(self):
         encoding = SaPE2(HOST, distance_scale='grid', device=torch.device('meta')).to_empty(device='cpu')
@@ -95,13 +113,55 @@ class TestOptions:
             ({'num_positions': 1}, 'num_positions must be a whole number of at least 2, got 1'),
             ({'num_positions': 2.5}, 'num_positions must be a whole number'),
             ({'num_positions': True}, 'num_positions must be a whole number'),
+            ({'initial_std': 0}, 'initial_std must be a positive number, got 0'),
             ({'recompute': 1}, 'recompute must be true or false, got 1'),
+            ({'distance': 'cubed'}, "distance must be one of 'euclidean', 'squared', got 'cubed'"),
+            ({'distance': 'squared', 'recompute': True}, "recompute has no effect with distance='squared'"),
             ({'gating': 'none', 'gate_source': 'value'}, "gate_source='value' has no effect with gating='none'"),
         ],
     )
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             SaPE2(HOST, **options)
+
+
+class TestSquaredDistances:
+    @pytest.mark.parametrize('options', [{}, {'target': 'qk'}, {'axes': 'y'}, {'distance_scale': 'grid'}], ids=str)
+    @pytest.mark.parametrize('grid', [(7, 9), (1, 5)])
+    def test_channels_give_the_squares_of_the_reference(self, options, grid):
+        encoding, tensors = SaPE2(HOST, distance='squared', **options).double(), inputs(grid, torch.float64)
+        with torch.no_grad():
+            for table in encoding.parameters():
+                table.normal_()
+        query, key, value = tensors
+        rows, columns = sape2_signatures(
+            query,
+            key,
+            key,
+            encoding.row_table,
+            encoding.column_table,
+            grid,
+            16**-0.5,
+            encoding.target,
+            encoding.reference_grid,
+        )
+        expected = sum(pairwise_distances(signature).square() for signature in rows + columns)
+        query_channels, key_channels = encoding.logit_channels(query, key, value, grid)
+        torch.testing.assert_close(query_channels @ key_channels.transpose(2, 3), expected)
+        assert encoding.attention_bias(query, key, value, grid) is None
+
+    def test_no_more_channels_than_the_grid_is_high_and_wide_and_two(self):
+        for channels in SaPE2(HOST, distance='squared').logit_channels(*inputs(), (7, 9)):
+            assert channels.shape == (2, 2, 63, 7 + 9 + 2)
+
+    def test_attention_of_a_model_is_that_of_its_bias(self, tiny_vit):
+        position = tiny_vit('sape2', position_args={'sape2': {'distance': 'squared'}}, reg_tokens=2)
+        position = position.blocks[0].attn.position
+        query, key, value = torch.randn(3, 2, 2, 3 + 63, 16)
+        bias = position.bias(query, key, value, (7, 9))
+        assert (bias[:, :, :3] == 0).all() and (bias[..., :3] == 0).all() and bias.max() > 1
+        weights = (query @ key.transpose(2, 3) / 4 + bias).softmax(-1)
+        torch.testing.assert_close(position.attend(query, key, value, (7, 9)), weights @ value)
 
 
 class TestAdaptStateDict:

@@ -5,11 +5,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+BIAS_HOOKS = ('attention_bias', 'logit_channels')
 HOOKS = {
     'model': ('add_to_tokens', 'mix_tokens'),
-    'block': ('prepare', 'rotate', 'attention_bias', 'fused_attention'),
+    'block': ('prepare', 'look', 'rotate', *BIAS_HOOKS, 'value_channels', 'add_to_output', 'fused_attention'),
 }
-GRID_HOOKS = ('mix_tokens', 'rotate', 'attention_bias')  # with these an encoding needs every patch of the grid
+GRID_HOOKS = ('mix_tokens', 'rotate', *BIAS_HOOKS, 'value_channels')  # with these an encoding needs the whole grid
 
 
 class HostShape(NamedTuple):
@@ -32,8 +33,12 @@ class PositionEncoding(nn.Module):
     """A position encoding declares its place, overrides the hooks that it needs, and the model calls only those.
 
     With `place = 'model'` it is built once, into the model (`position.<name>`), and may override `add_to_tokens` and
-    `mix_tokens`. With `place = 'block'` it is built into every attention (`blocks.<i>.attn.position.<name>`) and may
-    override `prepare`, `rotate`, `attention_bias` and `fused_attention`.
+    `mix_tokens`. With `place = 'block'` it is built into every attention (`blocks.<i>.attn.position.<name>`), knows the
+    block from the `HostShape`, and may override `rotate`, `attention_bias` or `logit_channels`, `value_channels` with
+    `add_to_output`, and `fused_attention`; `prepare` and `look` give these what they compute beforehand.
+
+    Hooks may draw random numbers in training (`self.training`), from torch's default generators: training seeds them
+    for every epoch and process, so that a resumed run draws the same.
 
     All hooks see patch tokens only, in raster order, and the grid as (height, width). The model takes prefix tokens off
     before a hook and puts them back after it, untouched and with a bias of 0.
@@ -100,10 +105,20 @@ class PositionEncoding(nn.Module):
         """
         return None
 
+    def look(self, tokens: Tensor, grid: tuple[int, int], shared: Tensor | None = None) -> Tensor | None:
+        """Return what the other attention hooks of this block get as `shared`, in place of what `prepare` returned.
+
+        Args:
+            tokens: Patch tokens that the attention reads, after the block's norm, (B, N, C).
+            grid: Rows and columns of patches, their product is N.
+            shared: What `prepare` returned.
+        """
+        return shared
+
     def rotate(
         self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return queries and keys for the dot product, (B, h, N, d) each; `shared` is what `prepare` returned."""
+        """Return queries and keys for the dot product, (B, h, N, d) each; `shared` is from `prepare` or `look`."""
         return query, key
 
     def attention_bias(
@@ -112,9 +127,29 @@ class PositionEncoding(nn.Module):
         """Return what is added to the scaled dot products, broadcastable to (B, h, N, N), or None for nothing.
 
         Queries and keys come normalised and before any rotation, so that encodings do not see one another. `shared` is
-        what `prepare` returned.
+        what `prepare` or `look` returned.
         """
         return None
+
+    def logit_channels(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return more channels of queries and keys, broadcastable to (B, h, N, e), or None for no bias.
+
+        Their dot products are added to the scaled dot products: a bias of rank e that no backend of attention has to
+        store. The arguments are those of `attention_bias`.
+        """
+        return None
+
+    def value_channels(self, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None) -> Tensor | None:
+        """Return more channels of the values, broadcastable to (B, h, N, e), for `add_to_output`; None for none."""
+        return None
+
+    def add_to_output(
+        self, output: Tensor, attended: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> Tensor:
+        """Return the outputs of attention (B, h, N, d) changed by what it made of `value_channels`, (B, h, N, e)."""
+        return output
 
     def fused_attention(
         self,

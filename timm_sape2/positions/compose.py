@@ -1,6 +1,8 @@
 """Position encodings by name, their options, and `Positions`, the only thing that a host talks to.
 
-A new encoding is a file beside this one and a line in `ENCODINGS`.
+A new encoding is a file beside this one and a line in `ENCODINGS`. One of another package is an entry point of the
+group `timm_sape2.encodings` there, `NAME = "PACKAGE.MODULE:CLASS"`; it is loaded, and added to `ENCODINGS`, when its
+name is first asked for.
 """
 
 import inspect
@@ -12,14 +14,22 @@ import torch.nn.functional as F
 from timm.layers import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor, nn
 
-from .base import HOOKS, HostShape, PositionEncoding
+from .alibi import LinearBias
+from .axial_cope import AxialContextualPosition
+from .base import BIAS_HOOKS, HOOKS, HostShape, PositionEncoding
 from .cope import ContextualPosition
 from .cpe import ConditionalPosition
+from .fire import FunctionalBias
 from .learned import LearnedPosition
+from .liere import LieRotaryPosition
+from .lookhere import DirectedBias
 from .nope import NoPosition
+from .pape import ParabolicPosition
+from .plugins import load_encoding, load_encodings
 from .relbias import RelativePositionBias
 from .rope import AxialRotaryPosition, MixedRotaryPosition
 from .sape2 import SaPE2
+from .shaw import RelativeEmbedding
 from .sincos import SinCosPosition
 
 for _function in ('maybe_add_mask', 'resolve_self_attn_mask'):  # FX wraps a function by module, timm did so for its own
@@ -33,7 +43,14 @@ ENCODINGS: dict[str, type[PositionEncoding]] = {
     'cpe': ConditionalPosition,
     'rope': AxialRotaryPosition,
     'rope_mixed': MixedRotaryPosition,
+    'liere': LieRotaryPosition,
+    'alibi': LinearBias,
+    'lookhere': DirectedBias,
+    'fire': FunctionalBias,
+    'pape': ParabolicPosition,
+    'shaw': RelativeEmbedding,
     'cope': ContextualPosition,
+    'axial_cope': AxialContextualPosition,
     'sape2': SaPE2,
 }
 
@@ -41,9 +58,10 @@ ENCODINGS: dict[str, type[PositionEncoding]] = {
 class Positions(nn.ModuleDict):
     """The encodings of one place, by name: those of a model, or those of one attention.
 
-    A host keeps one for itself, of which it calls `add` and `mix`, and one in every attention, of which it calls
-    `attend` (or `logits`, for the naive path). `prepare` of the first attention is called once in a forward, and its
-    result is handed down like the grid.
+    They act in the order of `ENCODINGS`, in whatever order they are named. A host keeps one for itself, of which it
+    calls `add` and `mix`, and one in every attention, of which it calls `look` and `attend` (or `logits` and `weigh`,
+    for the naive path). `prepare` of the first attention is called once in a forward, and its result is handed down
+    like the grid.
 
     Args:
         options: Options of each encoding by name, as `parse_position` returns them.
@@ -53,7 +71,7 @@ class Positions(nn.ModuleDict):
     """
 
     # TorchScript drops the branches not taken
-    __constants__ = ('has_bias', 'mixes', 'num_prefix_tokens', 'rotates', 'shares')
+    __constants__ = ('has_bias', 'looks', 'mixes', 'num_prefix_tokens', 'rotates', 'shares', 'stores_bias', 'widens')
 
     def __init__(
         self,
@@ -63,21 +81,31 @@ class Positions(nn.ModuleDict):
         dtype: torch.dtype | None = None,
     ) -> None:
         place = 'model' if shape.block is None else 'block'
+        ordered = {name: options[name] for name in ENCODINGS if name in options}  # rotations may not commute
         super().__init__(
             {
                 name: ENCODINGS[name](shape, **kwargs, device=device, dtype=dtype)
-                for name, kwargs in options.items()
+                for name, kwargs in ordered.items()
                 if ENCODINGS[name].place == place and ENCODINGS[name].overrides(*HOOKS[place])
             }
         )
         self.num_prefix_tokens = shape.num_prefix_tokens
-        self.mixes = any(encoding.overrides('mix_tokens') for encoding in self.values())
-        self.shares = any(encoding.overrides('prepare') for encoding in self.values())
-        self.rotates = any(encoding.overrides('rotate') for encoding in self.values())
-        biased = [name for name, encoding in self.items() if encoding.overrides('attention_bias')]
-        self.has_bias = len(biased) > 0
-        can_fuse = len(biased) == 1 and self[biased[0]].overrides('fused_attention')
-        self.fused_encoding = biased[0] if can_fuse else ''
+        self.mixes = bool(self.overriding('mix_tokens'))
+        self.shares = bool(self.overriding('prepare'))
+        self.looks = bool(self.overriding('look'))
+        self.rotates = bool(self.overriding('rotate'))
+        self.stores_bias = bool(self.overriding('attention_bias'))
+        self.has_bias = bool(self.overriding(*BIAS_HOOKS))
+        self.widens = bool(self.overriding('logit_channels', 'value_channels'))
+        beyond_rotation = self.overriding(*BIAS_HOOKS, 'value_channels')
+        self.fused_encoding = ''
+        if len(beyond_rotation) == 1 and self[beyond_rotation[0]].overrides('fused_attention'):
+            self.fused_encoding = beyond_rotation[0]
+
+    @torch.jit.unused
+    def overriding(self, *hooks: str) -> list[str]:
+        """Names of the encodings that override any of these hooks."""
+        return [name for name, encoding in self.items() if encoding.overrides(*hooks)]
 
     def add(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Add positions to patch embeddings (B, N, C), before the first block."""
@@ -103,6 +131,25 @@ class Positions(nn.ModuleDict):
                 shared[name] = tensor
         return shared
 
+    def look(self, tokens: Tensor, grid: tuple[int, int], shared: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Compute what the hooks of this attention share, by encoding.
+
+        Args:
+            tokens: What the attention reads, (B, P + N, C).
+            grid: Rows and columns of patches, their product is N.
+            shared: What `prepare` returned, computed if it is not given.
+        """
+        if shared is None:
+            shared = self.prepare(grid, tokens.device)
+        if not self.looks:
+            return shared
+        seen: dict[str, Tensor] = {}
+        for name, encoding in self.items():
+            tensor = encoding.look(tokens[:, self.num_prefix_tokens :], grid, shared.get(name))
+            if tensor is not None:
+                seen[name] = tensor
+        return seen
+
     def attend(
         self,
         query: Tensor,
@@ -121,7 +168,7 @@ class Positions(nn.ModuleDict):
             key: Keys after normalisation, (B, h, P + N, d).
             value: Values, (B, h, P + N, d).
             grid: Rows and columns of patches, their product is N.
-            shared: What `prepare` returned, computed if it is not given.
+            shared: What `look` returned, or `prepare` if no encoding looks at tokens; that is the default.
             attn_mask: Boolean (True attends) or additive mask, broadcastable to (B, h, P + N, P + N).
             is_causal: Mask later tokens; takes precedence over `attn_mask`.
             dropout_p: Probability of attention dropout.
@@ -139,19 +186,30 @@ class Positions(nn.ModuleDict):
             fused = encoding.fused_attention(query, key, value, grid, self.num_prefix_tokens, rotated)
             if fused is not None:
                 return fused
-        if self.has_bias:
-            bias = self.bias(query, key, value, grid, shared)
+        bias = self.stored_bias(query, key, value, grid, shared)
+        if bias is not None:
             attn_mask = maybe_add_mask(bias, resolve_self_attn_mask(query.shape[2], bias, attn_mask, is_causal))
             is_causal = False
-        return F.scaled_dot_product_attention(
+        scale: float | None = None
+        values = self.value_channels(value, grid, shared)
+        wide_value = torch.cat([value] + list(values.values()), dim=3) if len(values) > 0 else value
+        query_channels, key_channels = self.logit_channels(query, key, value, grid, shared)
+        if len(query_channels) > 0:
+            scale = 1.0
+            rotated_query = torch.cat([rotated_query * query.shape[3] ** -0.5] + query_channels, dim=3)
+            rotated_key = torch.cat([rotated_key] + key_channels, dim=3)
+            wide_value = as_wide_as(rotated_query, wide_value)
+        mixed = F.scaled_dot_product_attention(
             rotated_query,
             rotated_key,
-            value,
+            wide_value,
             attn_mask=attn_mask,
             dropout_p=dropout_p,
             # the TorchScript ONNX exporter turns it into a tensor
             is_causal=bool(is_causal) if torch.jit.is_tracing() else is_causal,
+            scale=scale,
         )
+        return self.add_to_output(mixed, value, values, grid, shared)
 
     def logits(
         self,
@@ -172,6 +230,20 @@ class Positions(nn.ModuleDict):
         if self.has_bias:
             logits = logits + self.bias(query, key, value, grid, shared)
         return maybe_add_mask(logits, resolve_self_attn_mask(query.shape[2], logits, attn_mask, is_causal))
+
+    def weigh(
+        self,
+        weights: Tensor,
+        value: Tensor,
+        grid: tuple[int, int],
+        shared: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Attention output (B, h, P + N, d) from weights (B, h, P + N, P + N) and values, for the naive path."""
+        if shared is None:
+            shared = self.prepare(grid, value.device)
+        values = self.value_channels(value, grid, shared)
+        wide_value = torch.cat([value] + list(values.values()), dim=3) if len(values) > 0 else value
+        return self.add_to_output(weights @ wide_value, value, values, grid, shared)
 
     def rotate(
         self, query: Tensor, key: Tensor, grid: tuple[int, int], shared: dict[str, Tensor] | None = None
@@ -195,22 +267,96 @@ class Positions(nn.ModuleDict):
         """Sum of all encodings' biases, 0 for prefix tokens, broadcastable to (B, h, P + N, P + N)."""
         if shared is None:
             shared = self.prepare(grid, query.device)
+        total = self.stored_bias(query, key, value, grid, shared)
+        query_channels, key_channels = self.logit_channels(query, key, value, grid, shared)
+        if len(query_channels) > 0:
+            product = torch.cat(query_channels, dim=3) @ torch.cat(key_channels, dim=3).transpose(-2, -1)
+            total = product if total is None else total + product
+        assert total is not None
+        return total
+
+    def stored_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: dict[str, Tensor]
+    ) -> Tensor | None:
+        """Sum of what `attention_bias` of all encodings returns, for all tokens."""
+        total: Tensor | None = None
+        if not self.stores_bias:
+            return total
         prefix = self.num_prefix_tokens
         query, key, value = query[:, :, prefix:], key[:, :, prefix:], value[:, :, prefix:]
-        total: Tensor | None = None
         for name, encoding in self.items():
             bias = encoding.attention_bias(query, key, value, grid, shared.get(name))
             if bias is not None:
                 if prefix > 0 and not encoding.bias_has_prefix_tokens:
                     bias = F.pad(bias, [prefix, 0, prefix, 0])
                 total = bias if total is None else total + bias
-        assert total is not None
         return total
+
+    def logit_channels(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: dict[str, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """More channels of queries and of keys for all tokens, (B, h, P + N, e) each, 0 for prefix tokens."""
+        query_channels: list[Tensor] = []
+        key_channels: list[Tensor] = []
+        if self.widens:
+            prefix = self.num_prefix_tokens
+            patch_query, patch_key, patch_value = query[:, :, prefix:], key[:, :, prefix:], value[:, :, prefix:]
+            for name, encoding in self.items():
+                found = encoding.logit_channels(patch_query, patch_key, patch_value, grid, shared.get(name))
+                if found is not None:
+                    query_channels.append(self.for_all_tokens(found[0], query))
+                    key_channels.append(self.for_all_tokens(found[1], key))
+        return query_channels, key_channels
+
+    def value_channels(self, value: Tensor, grid: tuple[int, int], shared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """More channels of values for all tokens by encoding, (B, h, P + N, e) each, 0 for prefix tokens."""
+        channels: dict[str, Tensor] = {}
+        if self.widens:
+            for name, encoding in self.items():
+                found = encoding.value_channels(value[:, :, self.num_prefix_tokens :], grid, shared.get(name))
+                if found is not None:
+                    channels[name] = self.for_all_tokens(found, value)
+        return channels
+
+    def for_all_tokens(self, channels: Tensor, like: Tensor) -> Tensor:
+        """Channels of patches as those of all tokens, with the batch, heads and dtype of `like`."""
+        channels = F.pad(channels.to(like.dtype), [0, 0, self.num_prefix_tokens, 0])
+        return channels.expand(like.shape[0], like.shape[1], -1, -1)
+
+    def add_to_output(
+        self,
+        mixed: Tensor,
+        value: Tensor,
+        channels: dict[str, Tensor],
+        grid: tuple[int, int],
+        shared: dict[str, Tensor],
+    ) -> Tensor:
+        """Attention output (B, h, P + N, d) from that of values with more channels."""
+        if not self.widens:
+            return mixed
+        prefix, end = self.num_prefix_tokens, value.shape[3]
+        output = mixed[:, :, :, :end]
+        if len(channels) == 0:
+            return output
+        patches = output[:, :, prefix:]
+        for name, encoding in self.items():
+            if name in channels:
+                start, end = end, end + channels[name].shape[3]
+                patches = encoding.add_to_output(patches, mixed[:, :, prefix:, start:end], grid, shared.get(name))
+        return patches if prefix == 0 else torch.cat([output[:, :, :prefix], patches], dim=2)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Adapt size-dependent parameters to a new native grid."""
         for encoding in self.values():
             encoding.set_grid(grid)
+
+
+@torch.fx.wrap
+def as_wide_as(query: Tensor, value: Tensor) -> Tensor:
+    """Values with channels of 0 so that they are no narrower than queries: fused kernels take one width only."""
+    missing = query.shape[3] - value.shape[3]
+    has_kernels = value.device.type != 'meta'  # where costs are counted
+    return F.pad(value, [0, missing]) if has_kernels and missing > 0 else value
 
 
 def parse_position(position: str, position_args: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
@@ -225,16 +371,20 @@ def parse_position(position: str, position_args: Mapping[str, Any] | None = None
 
     Raises:
         ValueError: A name or an option is unknown (the message lists the valid ones), a name is repeated, 'nope' is
-            combined with another, or options are given for an encoding that is not named.
+            combined with another, options are given for an encoding that is not named, or another package's encoding
+            cannot be loaded.
     """
     if not isinstance(position, str):
         raise ValueError(f'position must be a string such as "learned+sape2", got {position!r}.')
     names = position.split('+')
     for name in names:
+        offered = None if name in ENCODINGS else load_encoding(name)
+        if offered is not None:
+            ENCODINGS[name] = offered
         if name not in ENCODINGS:
             raise ValueError(
                 f'Unknown position encoding {name!r} in position={position!r}. '
-                f'Valid names, to be joined by "+": {", ".join(ENCODINGS)}.'
+                f'Valid names, to be joined by "+": {", ".join(all_encodings())}.'
             )
     if len(set(names)) < len(names):
         raise ValueError(f'position={position!r} names an encoding twice.')
@@ -258,6 +408,13 @@ def parse_position(position: str, position_args: Mapping[str, Any] | None = None
                 f'Valid options: {", ".join(valid_options(name)) or "none"}.'
             )
     return {name: dict(position_args.get(name, {})) for name in names}
+
+
+def all_encodings() -> list[str]:
+    """Names of all encodings, those of other packages last."""
+    for name, encoding in load_encodings().items():
+        ENCODINGS.setdefault(name, encoding)
+    return list(ENCODINGS)
 
 
 def has_learned_embedding(options: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from torch.jit import Final
 
 from ..ops.sape2.reference import semantic_gates, signatures
 from .base import HostShape, PositionEncoding
+from .options import check_whole_number
 
 
 class ContextualPosition(PositionEncoding):
@@ -51,8 +52,7 @@ class ContextualPosition(PositionEncoding):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(num_positions, bool) or not isinstance(num_positions, int) or num_positions < 2:
-            raise ValueError(f'num_positions must be a whole number of at least 2, got {num_positions!r}.')
+        check_whole_number('num_positions', num_positions, 2)
         super().__init__()
         self.scale = host.head_dim**-0.5
         self.position_table = nn.Parameter(torch.empty(num_positions, host.head_dim, device=device, dtype=dtype))

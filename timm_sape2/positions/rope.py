@@ -1,5 +1,7 @@
 """Rotary position encoding in two dimensions, with fixed axial or learned mixed frequencies."""
 
+import math
+
 import torch
 from timm.layers import apply_rot_embed, build_rotary_pos_embed
 from torch import Tensor, nn
@@ -8,6 +10,8 @@ from torch.jit import Final
 from .._compat import init_random_2d_freqs
 from ..ops.sape2.reference import at_least_float32
 from .base import HostShape, PositionEncoding
+from .grid import patch_coordinates
+from .options import check_choice, check_head_dim, check_number, check_positive
 
 
 class AxialRotaryPosition(PositionEncoding):
@@ -18,40 +22,73 @@ class AxialRotaryPosition(PositionEncoding):
     and `r w_k` in the second, so that a dot product depends on contents and on (r_i - r_j, c_i - c_j) alone.
     The same as `vit_small_patch16_rope_224` of timm, which takes its weights from the authors.
 
+    With other `coordinates` than patches, as in DINOv3 (arXiv 2508.10104, section 3.2), rows and columns are replaced
+    by places between -1 and 1, the centres of patches, `y = 2 (r + 1/2) / H - 1`, and the frequencies are
+    `w_k = 2 pi temperature ** (-k / D)`: the angles are those of `RotaryEmbeddingDinoV3` in timm. Such places may be
+    changed at random in training, all alike: both moved, each stretched and both stretched.
+
     Prefix tokens are not rotated, so that their dot products with a patch depend on its place. There are no parameters
-    and nothing in the state dict. Angles are computed for
-    the grid at hand, so any grid will do as it is; a larger grid has distances that were never seen in training.
+    and nothing in the state dict. Angles are computed for the grid at hand, so any grid will do as it is. A larger grid
+    has distances in patches that were never seen in training; normalised coordinates shrink the distances instead.
 
     Args:
         host: The model that this encoding is built into.
-        temperature: Base of the frequencies; the longest period is about 2 pi times this many patches.
+        temperature: Base of the frequencies; in patches the longest period is about 2 pi times this many.
+        coordinates: 'patches', or normalised by the size of the grid along each axis ('separate', as in DINOv3) or by
+            its longer ('max') or shorter side ('min').
+        shift: In training, move normalised coordinates along each axis by up to this much.
+        jitter: In training, stretch each axis by a factor between 1 / `jitter` and `jitter` (2 in DINOv3).
+        rescale: In training, stretch both axes by one factor between 1 / `rescale` and `rescale` (2 in DINOv3).
         device: Not used, there are no tensors to hold.
         dtype: Not used.
 
     Raises:
-        ValueError: The head dimension is not divisible by 4, or `temperature` is not a positive number.
+        ValueError: The head dimension is not divisible by 4, `temperature` is not a positive number, `coordinates` is
+            not one of those listed, or an option of training is out of range or given with coordinates in patches.
     """
 
     place = 'block'
     translation = 'relative'
+    options_after_training = ('shift', 'jitter', 'rescale')
 
     head_dim: Final[int]
     temperature: Final[float]
+    coordinates: Final[str]
+    shift: Final[float]
+    jitter: Final[float]
+    rescale: Final[float]
 
     def __init__(
         self,
         host: HostShape,
         *,
         temperature: float = 100.0,
+        coordinates: str = 'patches',
+        shift: float = 0.0,
+        jitter: float = 1.0,
+        rescale: float = 1.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check('rope', host, temperature)
+        check_head_dim('rope', host.head_dim)
+        check_positive('temperature', temperature)
+        check_choice('coordinates', coordinates, ('patches', 'separate', 'max', 'min'))
+        for option, value, least in (('shift', shift, 0), ('jitter', jitter, 1), ('rescale', rescale, 1)):
+            check_number(option, value, least)
+            if value > least and coordinates == 'patches':
+                raise ValueError(f"{option}={value!r} needs normalised coordinates, such as coordinates='separate'.")
         super().__init__()
         self.head_dim = host.head_dim
         self.temperature = float(temperature)
+        self.coordinates = coordinates
+        self.shift, self.jitter, self.rescale = float(shift), float(jitter), float(rescale)
 
     def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        if self.coordinates != 'patches':
+            places = normalized_coordinates(grid, self.coordinates, device)
+            if self.training:
+                places = augment_coordinates(places, self.shift, self.jitter, self.rescale)
+            return normalized_angles(places, self.head_dim, self.temperature)
         return axial_angles(grid, self.head_dim, self.temperature, device)
 
     def rotate(
@@ -95,7 +132,8 @@ class MixedRotaryPosition(PositionEncoding):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check('rope_mixed', host, temperature)
+        check_head_dim('rope_mixed', host.head_dim)
+        check_positive('temperature', temperature)
         super().__init__()
         self.temperature = float(temperature)
         self.freqs = nn.Parameter(torch.empty(2, host.num_heads, host.head_dim // 2, device=device, dtype=dtype))
@@ -118,15 +156,6 @@ class MixedRotaryPosition(PositionEncoding):
         return rotate_mixed(query, key, shared, self.freqs)
 
 
-def _check(name: str, host: HostShape, temperature: float) -> None:
-    if host.head_dim % 4:
-        raise ValueError(
-            f'position={name!r} needs a head dimension (embed_dim / num_heads) divisible by 4, got {host.head_dim}.'
-        )
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < float('inf'):
-        raise ValueError(f'temperature must be a positive number, got {temperature!r}.')
-
-
 @torch.fx.wrap
 def axial_angles(grid: tuple[int, int], head_dim: int, temperature: float, device: torch.device) -> Tensor:
     """Sines and cosines of `AxialRotaryPosition`'s angles for all patches of a grid, (2, N, d) in float32."""
@@ -137,12 +166,36 @@ def axial_angles(grid: tuple[int, int], head_dim: int, temperature: float, devic
 
 
 @torch.fx.wrap
-def patch_coordinates(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Row and column of all patches of a grid in raster order, (2, N)."""
+def normalized_coordinates(grid: tuple[int, int], by: str, device: torch.device) -> Tensor:
+    """Place of all patches by row and by column, (2, N) in float32, from -1 to 1 if `by` is 'separate'."""
     height, width = grid
-    rows = torch.arange(height, device=device).unsqueeze(1).expand(-1, width).flatten()
-    columns = torch.arange(width, device=device).unsqueeze(0).expand(height, -1).flatten()
-    return torch.stack([rows, columns])
+    if by == 'max':
+        height = width = max(height, width)
+    elif by == 'min':
+        height = width = min(height, width)
+    rows, columns = (patch_coordinates(grid, device).float() + 0.5).unbind(0)
+    return torch.stack([2 * (rows / height) - 1, 2 * (columns / width) - 1])
+
+
+@torch.fx.wrap
+def augment_coordinates(places: Tensor, shift: float, jitter: float, rescale: float) -> Tensor:
+    """Move and stretch places (2, N) at random, in the order of DINOv3; see `AxialRotaryPosition`."""
+    if shift > 0:
+        places = places + torch.empty(2, 1, device=places.device).uniform_(-shift, shift)
+    if jitter > 1:
+        places = places * torch.empty(2, 1, device=places.device).uniform_(-math.log(jitter), math.log(jitter)).exp()
+    if rescale > 1:
+        places = places * torch.empty(1, device=places.device).uniform_(-math.log(rescale), math.log(rescale)).exp()
+    return places
+
+
+@torch.fx.wrap
+def normalized_angles(places: Tensor, head_dim: int, temperature: float) -> Tensor:
+    """Sines and cosines of the angles at places (2, N), the columns in the first half, (2, N, d) in float32."""
+    exponents = torch.arange(head_dim // 4, device=places.device).float() / (head_dim // 4)
+    rows, columns = (2 * math.pi * places.unsqueeze(-1) / temperature**exponents).unbind(0)
+    angles = torch.cat([columns, rows], dim=-1).repeat_interleave(2, dim=-1)
+    return torch.stack([angles.sin(), angles.cos()])
 
 
 @torch.fx.wrap
