@@ -1,12 +1,15 @@
 """Any plain vision transformer of timm takes any encoding, in place and by name, and what it learned stays."""
 
+import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 
 from timm_sape2 import PositionVisionTransformer, equip, why_not_equip
@@ -41,8 +44,15 @@ REFUSED = {
 }
 
 
+PAGE = (Path(__file__).parents[2] / 'docs' / 'equip.md').read_text()
+
+
+def test_families_of_the_page_are_those_of_the_tests():
+    assert re.findall(r'^\| `(vit_\w+|deit\w+)` \|', PAGE, flags=re.MULTILINE) == list(FAMILIES)
+
+
 def base(name, **kwargs):
-    return timm.create_model(name, **dict(SMALL, **FAMILIES[name]), **kwargs).eval()
+    return timm.create_model(name, **{**SMALL, **FAMILIES[name], **kwargs}).eval()
 
 
 def images(name, batch=2):
@@ -91,6 +101,29 @@ def test_weights_stay_new_tables_train_and_the_model_comes_back_from_a_folder(na
     assert again.position_options == {'learned': {}, 'sape2': {'num_positions': 7}}
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+@torch.no_grad()
+def test_exported_program_computes_the_same_for_any_batch(name):
+    model = equip(base(name, depth=1), 'learned+sape2')
+    batch = {0: torch.export.Dim('batch', min=1, max=64)}
+    program = torch.export.export(model, (images(name),), dynamic_shapes=(batch,))
+    x = images(name, batch=3)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_small_tables_hardly_move_the_features():
+    """A bias is proportional to its tables, so these decide how far a model is moved before it has learned."""
+    model, x = base('vit_tiny_patch16_224').double(), images('vit_tiny_patch16_224').double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    expected, moved = model.forward_features(x), {}
+    for std in (0.02, 1e-4):
+        torch.manual_seed(0)
+        equipped = equip(copy.deepcopy(model), 'learned+sape2', {'sape2': {'initial_std': std}})
+        moved[std] = ((equipped.forward_features(x) - expected).norm() / expected.norm()).item()
+    assert moved[0.02] > 1e-3 and moved[0.02] / moved[1e-4] == pytest.approx(200, rel=0.1)
 
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -179,3 +212,112 @@ class TestByName:
     def test_base_that_cannot_be_equipped_says_why(self):
         with pytest.raises(ValueError, match='Cannot equip Eva'):
             timm.create_model('vit_equipped', base='eva02_tiny_patch14_224', device='meta')
+
+
+def renamed(key, words):
+    for ours, theirs in words.items():
+        key = re.sub(ours, theirs, key)
+    return key
+
+
+def of_dinov2(state):
+    """Names and shapes as in the checkpoints of DINOv2: embeddings have a class token, there is no classifier."""
+    is_swiglu = len(state['blocks.0.mlp.fc1.weight']) > state['blocks.0.mlp.fc2.weight'].shape[1]
+    words = {'reg_token': 'register_tokens'} | ({'mlp.fc1': 'mlp.w12', 'mlp.fc2': 'mlp.w3'} if is_swiglu else {})
+    published = {renamed(key, words): value for key, value in state.items() if not key.startswith('head.')}
+    if 'reg_token' in state:
+        published['pos_embed'] = torch.cat([torch.randn(1, 1, 64), state['pos_embed']], dim=1)
+    return {**published, 'mask_token': torch.randn(1, 64)}
+
+
+def of_clip(state):
+    """Names and shapes as in the checkpoints of CLIP, with a part of its text encoder."""
+    words = {
+        r'^patch_embed\.proj': 'conv1',
+        r'^norm_pre': 'ln_pre',
+        r'^norm\.': 'ln_post.',
+        r'^blocks': 'transformer.resblocks',
+        r'norm([12])': r'ln_\1',
+        r'attn\.qkv\.': 'attn.in_proj_',
+        r'attn\.proj': 'attn.out_proj',
+        r'mlp\.fc1': 'mlp.c_fc',
+        r'mlp\.fc2': 'mlp.c_proj',
+    }
+    elsewhere = ('cls_token', 'pos_embed', 'head.weight', 'head.bias')
+    encoder = {f'visual.{renamed(key, words)}': value for key, value in state.items() if key not in elsewhere}
+    return {
+        **encoder,
+        'visual.class_embedding': state['cls_token'][0, 0],
+        'visual.positional_embedding': state['pos_embed'][0],
+        'visual.proj': state['head.weight'].t(),
+        'positional_embedding': torch.randn(7, 64),
+        'transformer.resblocks.0.ln_1.weight': torch.randn(64),
+    }
+
+
+def of_open_clip(state):
+    """Names as in the checkpoints of OpenCLIP whose image encoder is timm's, such as those of SigLIP."""
+    published = {f'visual.trunk.{key}': value for key, value in state.items() if not key.startswith('head.')}
+    return {**published, 'text.ln_final.weight': torch.randn(64), 'logit_scale': torch.ones(())}
+
+
+PUBLISHED = {
+    'vit_small_patch14_dinov2': of_dinov2,
+    'vit_small_patch14_reg4_dinov2': of_dinov2,
+    'vit_giant_patch14_dinov2': of_dinov2,
+    'vit_base_patch16_clip_224': of_clip,
+    'vit_base_patch16_clip_quickgelu_224': of_clip,
+    'vit_base_patch16_siglip_224': of_open_clip,
+}
+
+
+class TestPublishedLayouts:
+    """What the publishers of weights call them goes through timm's own filter."""
+
+    @pytest.fixture(params=PUBLISHED)
+    def name(self, request):
+        return request.param
+
+    @pytest.fixture
+    def overlay(self, name, tmp_path):
+        """Description of a file of weights that all differ from those of a new model."""
+        source = base(name)
+        for parameter in source.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        layout = PUBLISHED[name](source.state_dict())
+        assert not layout.keys() <= source.state_dict().keys()
+        torch.save(layout, tmp_path / 'published.pth')
+        num_classes = 5 if PUBLISHED[name] is of_clip else 0
+        return dict(
+            file=str(tmp_path / 'published.pth'), num_classes=num_classes, input_size=(3, *FAMILIES[name]['img_size'])
+        )
+
+    def equipped(self, name, overlay, position, **changed):
+        arguments = {**SMALL, **FAMILIES[name], **changed}
+        return timm.create_model(
+            'vit_equipped', True, base=name, position=position, pretrained_cfg_overlay=overlay, **arguments
+        ).eval()
+
+    def test_weights_are_those_that_timm_reads(self, name, overlay):
+        expected = base(name, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+        state = self.equipped(name, overlay, 'learned+sape2').state_dict()
+        same = [key for key in expected if overlay['num_classes'] or not key.startswith('head.')]
+        assert all(torch.equal(state[key], expected[key]) for key in same)
+        assert state['blocks.1.attn.position.sape2.column_table'].std() > 0.01
+
+    @torch.no_grad()
+    def test_features_are_those_of_timm(self, name, overlay):
+        x, timms = images(name), base(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        features = self.equipped(name, overlay, 'learned').forward_features(x)
+        assert features.std() > 0.1 and torch.equal(features, timms.forward_features(x))
+
+    def test_embeddings_are_resampled_as_by_timm(self, name, overlay):
+        size = [2 * side for side in FAMILIES[name]['img_size']]
+        state = self.equipped(name, overlay, 'learned+sape2', img_size=size).state_dict()
+        prefix = {'vit_small_patch14_reg4_dinov2': 0, 'vit_base_patch16_siglip_224': 0}.get(name, 1)
+        native = base(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        grid = native.patch_embed.grid_size
+        expected = resample_abs_pos_embed(
+            native.pos_embed, [2 * side for side in grid], list(grid), num_prefix_tokens=prefix
+        )
+        torch.testing.assert_close(state['pos_embed'], expected)

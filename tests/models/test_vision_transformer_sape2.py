@@ -1,21 +1,26 @@
 """The models that timm knows after the import."""
 
 import functools
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import get_pretrained_cfg, is_model_pretrained, save_for_hf
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.models import get_pretrained_cfg, is_model_pretrained, resolve_model_input_args, save_for_hf
 
 from timm_sape2 import PositionVisionTransformer
 from timm_sape2.models import vision_transformer_sape2 as registered
 from timm_sape2.positions import ENCODINGS
 
 NAMES = timm.list_models(module='vision_transformer_sape2')
+SHIPPED = {path.parent.name: path for path in (Path(__file__).parents[2] / 'hub_configs').glob('*/model.safetensors')}
+COMPACT = 'vit_compact_sape2_patch4_32.cifar10'
 TINY = dict(img_size=(56, 72), patch_size=8, embed_dim=32, depth=4, num_heads=2)
 
 
@@ -53,24 +58,26 @@ class TestNames:
         assert name in registered.default_cfgs and timm.model_entrypoint(name).__doc__
         assert name.startswith(('vit_', 'test_vit'))
 
-    def test_none_claims_weights(self):
+    def test_those_claim_weights_that_have_some(self):
         tags = timm.list_models(module='vision_transformer_sape2', include_tags=True)
-        assert tags and not set(timm.list_pretrained('*')) & {*tags, *NAMES}
-        assert timm.list_models(pretrained=True, module='vision_transformer_sape2') == []
-        assert not [name for name in NAMES if is_model_pretrained(name)]
+        assert set(timm.list_pretrained('*')) & {*tags, *NAMES} == SHIPPED.keys() and COMPACT in SHIPPED
+        assert set(timm.list_models(pretrained=True, module='vision_transformer_sape2')) == SHIPPED.keys()
+        with_weights = {name.partition('.')[0] for name in SHIPPED}
+        assert {name for name in NAMES if is_model_pretrained(name)} == with_weights
+        assert not [name for name in NAMES if is_model_pretrained(f'{name}.untrained')]
 
     @pytest.mark.parametrize('name', [name for name in NAMES if name != 'vit_equipped'])
     def test_pretrained_without_weights_raises(self, name):
         with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}'):
-            timm.create_model(name, pretrained=True, **TINY)
+            timm.create_model(f'{name}.untrained', pretrained=True, **TINY)
 
     def test_where_there_are_none_those_that_ship_are_named(self):
         """And what is named loads."""
         with pytest.raises(RuntimeError) as raised:
             timm.create_model('vit_small_sape2', pretrained=True)
-        (command,) = re.findall(r'such as those that ship here: (.+)\.$', str(raised.value))
-        model = eval(command)
-        assert model.pretrained_cfg['architecture'] == 'vit_compact_sape2_patch4_32'
+        (commands,) = re.findall(r'and so do those that come with timm_sape2: (.+)\.$', str(raised.value))
+        models = [eval(command) for command in commands.split('; ')]
+        assert {f'{m.pretrained_cfg["architecture"]}.{m.pretrained_cfg["tag"]}' for m in models} == SHIPPED.keys()
 
     @pytest.mark.parametrize('name', NAMES)
     def test_unknown_argument_raises(self, name):
@@ -78,10 +85,85 @@ class TestNames:
             timm.create_model(name, device='meta', not_an_argument=1)
 
 
+class TestWeightsThatComeWithThePackage:
+    @pytest.mark.parametrize('name', SHIPPED)
+    def test_a_name_loads_them_from_anywhere(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        model = timm.create_model(name, pretrained=True)
+        expected = load_file(SHIPPED[name])
+        assert expected.keys() == model.state_dict().keys()
+        assert all(torch.equal(weights, expected[key]) for key, weights in model.state_dict().items())
+        config = json.loads(SHIPPED[name].with_name('config.json').read_text())
+        assert list(model.pretrained_cfg['label_names']) == config['label_names']
+        same = timm.create_model(f'local-dir:{SHIPPED[name].parent}', pretrained=True)
+        assert same.position_options == model.position_options and same.num_classes == model.num_classes
+        data, expected = map(resolve_model_data_config, (model, same))
+        assert {key: list(data[key]) for key in ('input_size', 'mean', 'std')} == {
+            key: list(expected[key]) for key in ('input_size', 'mean', 'std')
+        }
+        assert all(data[key] == expected[key] for key in ('interpolation', 'crop_pct', 'crop_mode'))
+
+    def test_a_model_without_a_tag_has_its_first(self):
+        model = timm.create_model('vit_compact_sape2_patch4_32', pretrained=True)
+        assert model.pretrained_cfg['tag'] == 'cifar10'
+        assert torch.equal(model.head.weight, load_file(SHIPPED[COMPACT])['head.weight'])
+
+    def test_other_sizes_channels_and_classes(self):
+        expected = load_file(SHIPPED[COMPACT])
+        model = timm.create_model(COMPACT, pretrained=True, img_size=(28, 36), in_chans=1, num_classes=3)
+        weights = model.state_dict()
+        changed = {key for key in weights if weights[key].shape != expected[key].shape}
+        assert changed == {'pos_embed', 'patch_embed.proj.weight', 'head.weight', 'head.bias'}
+        assert all(torch.equal(weights[key], expected[key]) for key in weights.keys() - changed)
+        torch.testing.assert_close(
+            weights['patch_embed.proj.weight'], expected['patch_embed.proj.weight'].sum(1, keepdim=True)
+        )
+
+    def test_they_load_strictly(self):
+        with pytest.raises(ValueError, match=r'missing keys: .*blocks\.6'):
+            timm.create_model(COMPACT, pretrained=True, depth=7)
+        with pytest.raises(ValueError, match=r'unexpected keys: .*blocks\.5'):
+            timm.create_model(COMPACT, pretrained=True, depth=5, num_classes=3)
+
+    def test_other_weights_win_over_them(self, tmp_path, monkeypatch):
+        """Wherever they come from, although timm takes a file before an address; and they have no class names then."""
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+        other = {key: torch.zeros_like(weights) for key, weights in load_file(SHIPPED[COMPACT]).items()}
+        torch.save(other, tmp_path / 'other.pth')
+        place = str(tmp_path / 'other.pth')
+        for overlay in ({'state_dict': other}, {'file': place}, {'url': f'file://{place}'}):
+            model = timm.create_model('vit_compact_sape2_patch4_32', pretrained=True, pretrained_cfg_overlay=overlay)
+            assert not any(parameter.any() for parameter in model.parameters())
+            assert 'label_names' not in model.pretrained_cfg
+            model = timm.create_model(COMPACT, pretrained=True, pretrained_cfg_overlay=overlay)
+            assert not any(parameter.any() for parameter in model.parameters())
+
+    def test_a_model_without_weights_has_nothing_of_them(self):
+        model = timm.create_model('vit_compact_sape2_patch4_32')
+        untrained = timm.create_model('vit_compact_sape2_patch4_32.untrained').pretrained_cfg
+        assert {'url': '', **model.pretrained_cfg} == untrained
+        equipped = timm.create_model('vit_equipped', base='vit_compact_sape2_patch4_32', position='learned+sape2')
+        of_script = timm.create_model(**resolve_model_input_args(COMPACT, {'img_size': 20}))
+        for cfg in (model.pretrained_cfg, equipped.pretrained_cfg, of_script.pretrained_cfg):
+            assert not cfg.keys() & {'file', 'label_names'}
+
+    def test_an_equipped_model_takes_them_from_its_base(self):
+        model = timm.create_model('vit_equipped', base=COMPACT, position='learned+sape2', pretrained=True)
+        assert torch.equal(model.head.weight, load_file(SHIPPED[COMPACT])['head.weight'])
+        assert model.pretrained_cfg['label_names'][4] == 'deer' and 'file' not in model.pretrained_cfg
+
+    def test_what_is_saved_of_such_a_model_names_no_path(self, tmp_path):
+        save_for_hf(timm.create_model(COMPACT, pretrained=True), tmp_path, safe_serialization=True)
+        assert 'file' not in json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']
+        assert not [path for path in tmp_path.iterdir() if bytes(SHIPPED[COMPACT].parents[2]) in path.read_bytes()]
+        again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+        assert torch.equal(again.head.weight, load_file(SHIPPED[COMPACT])['head.weight'])
+
+
 class TestConfigurations:
     @pytest.mark.parametrize('name', NAMES)
     def test_complete_and_true_of_the_model(self, name):
-        cfg, model = get_pretrained_cfg(name), on_meta(name)
+        cfg, model = get_pretrained_cfg(f'{name}.untrained'), on_meta(name)
         assert not cfg.has_weights and cfg.tag == 'untrained' and cfg.license == 'apache-2.0'
         assert isinstance(model, PositionVisionTransformer)
         assert cfg.num_classes == model.num_classes == model.get_submodule(cfg.classifier).out_features
@@ -193,7 +275,7 @@ assert new == set(timm.list_models(module='vision_transformer_sape2')) and new, 
 heavy = {'triton', 'matplotlib', 'sklearn', 'onnx', 'onnxruntime'}
 assert not heavy & {name.partition('.')[0] for name in set(sys.modules) - modules}
 rooms = {name.split('.')[1] for name in sys.modules if name.startswith('timm_sape2.')}
-assert rooms == {'models', 'positions', 'ops', 'version', '_compat'}, rooms
+assert rooms == {'models', 'positions', 'ops', 'version', '_compat', '_names', '_shipped'}, rooms
 assert 'timm_sape2.ops.sape2.operator' in sys.modules and 'timm_sape2.ops.sape2.triton_kernel' not in sys.modules
 """
         done = run_python(code, '-W', 'error')

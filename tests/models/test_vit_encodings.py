@@ -78,6 +78,31 @@ class AttentionToy(Toy):
         return scale * shared.to(query.dtype)
 
 
+class WideToy(Toy):
+    """Looks at the tokens of the block, and adds channels to queries, keys and values."""
+
+    place = 'block'
+
+    def look(self, tokens: Tensor, grid: tuple[int, int], shared: Tensor | None = None) -> Tensor | None:
+        if not torch.jit.is_scripting():
+            self.note('look', tuple(tokens.shape), grid, self.block)
+        return (tokens @ self.ramp.t()).unsqueeze(1)
+
+    def logit_channels(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        assert shared is not None
+        return self.scale(query[..., :1]), shared[..., :1]
+
+    def value_channels(self, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None) -> Tensor | None:
+        return shared
+
+    def add_to_output(
+        self, output: Tensor, attended: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> Tensor:
+        return output * attended.sum(3, keepdim=True)
+
+
 BOTH = 'tokentoy+attentiontoy'
 
 
@@ -85,6 +110,7 @@ BOTH = 'tokentoy+attentiontoy'
 def toy(monkeypatch):
     monkeypatch.setitem(ENCODINGS, 'tokentoy', TokenToy)
     monkeypatch.setitem(ENCODINGS, 'attentiontoy', AttentionToy)
+    monkeypatch.setitem(ENCODINGS, 'widetoy', WideToy)
     CALLS.clear()
 
 
@@ -145,6 +171,50 @@ def test_attention_by_itself_prepares_what_it_needs(tiny_vit):
     alone = attention(tokens, (7, 9))
     assert {call for call in CALLS if call[0] == 'prepare'} == {('prepare', (7, 9), 1)}
     assert torch.equal(attention(tokens, (7, 9), shared={'attentiontoy': torch.eye(66)}), alone)
+
+
+class TestWide:
+    """Queries and keys of 16 + 1 channels, values of 16 + 2, computed from what the block reads."""
+
+    def expected(self, model, tokens, mask):
+        attn, toy = model.blocks[1].attn, model.blocks[1].attn.position['widetoy']
+        query, key, value = attn.qkv(tokens).reshape(2, 66, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        seen = tokens[:, 3:] @ toy.ramp.t()
+        logits = query @ key.transpose(2, 3) / 4
+        logits[:, :, 3:, 3:] += toy.scale(query[:, :, 3:, :1]) * seen[:, None, None, :, 0]
+        weights = logits.masked_fill(~mask, float('-inf')).softmax(-1)
+        output = weights @ value
+        output[:, :, 3:] *= weights[:, :, 3:, 3:] @ seen.sum(2)[:, None, :, None]
+        return attn.proj(output.transpose(1, 2).flatten(2))
+
+    @pytest.mark.parametrize('fused', [True, False])
+    @pytest.mark.parametrize('masked', [True, False])
+    @torch.no_grad()
+    def test_by_hand(self, tiny_vit, fused, masked):
+        model, tokens = tiny_vit('widetoy', reg_tokens=2), torch.randn(2, 66, 32)
+        model.blocks[1].attn.fused_attn = fused
+        mask = torch.ones(66, 66, dtype=torch.bool).tril() if masked else torch.ones(66, 66, dtype=torch.bool)
+        found = model.blocks[1].attn(tokens, (7, 9), attn_mask=mask if masked else None)
+        torch.testing.assert_close(found, self.expected(model, tokens, mask))
+
+    def test_block_and_its_input_are_known(self, tiny_vit, x):
+        model = tiny_vit('widetoy', reg_tokens=2)
+        CALLS.clear()
+        model(x)
+        assert [('look', (2, 63, 32), (7, 9), i) for i in range(2)] == CALLS
+
+    def test_with_other_encodings(self, tiny_vit, x):
+        """Fused attention is that of the naive path, whatever is added, rotated or widened beside it."""
+        model = tiny_vit('widetoy+rope+axial_cope+attentiontoy+sape2', reg_tokens=2)
+        fused = model(x)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        torch.testing.assert_close(model(x), fused)
+
+    @pytest.mark.filterwarnings('ignore::FutureWarning')
+    def test_scripts(self, tiny_vit, x):
+        model = tiny_vit('widetoy+rope+sape2', reg_tokens=2)
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
 def test_intermediates_are_mixed_too(tiny_vit, x):

@@ -119,3 +119,8 @@ class TestArguments:
     def test_unknown_argument_is_refused(self):
         with pytest.raises(TypeError, match='not_an_argument'):
             timm.create_model('test_vit_sape2', not_an_argument=1)
+
+    @pytest.mark.parametrize(('wrong', 'right'), [('positon', 'position'), ('img_sizes', 'img_size')])
+    def test_a_mistyped_argument_is_told_the_right_one(self, wrong, right):
+        with pytest.raises(TypeError, match=rf"'{wrong}' \(did you mean '{right}'\?\)"):
+            timm.create_model('test_vit_sape2', **{wrong: 'rope'})

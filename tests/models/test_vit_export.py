@@ -13,6 +13,7 @@ VARIANTS = (
     {'target': 'qk', 'gate_source': 'separate', 'axes': 'x', 'distance_scale': 'grid'},
     {'target': 'q', 'gating': 'none', 'axes': 'y'},
     {'gate_source': 'value', 'num_positions': 2},
+    {'distance': 'squared', 'target': 'qk'},
 )
 OTHER_SIZES = ((56, 72), (112, 112), (72, 24), (40, 16))
 
@@ -150,7 +151,7 @@ class TestOnnx:
         ('position', 'dynamic'),
         [
             ('learned+sape2', False),
-            *((name, True) for name in ('learned+sape2', 'relbias', 'rope', 'rope_mixed', 'cope')),
+            *((name, True) for name in ('learned+sape2', 'relbias', 'rope', 'rope_mixed', 'liere', 'cope')),
         ],
     )
     def test_dynamo_exporter(self, tiny_vit, tmp_path, position, dynamic):

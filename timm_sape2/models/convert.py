@@ -241,7 +241,8 @@ def adapt_encodings(state_dict: StateDict, model: VisionTransformer, source_grid
             added += [key for key in initial if key.startswith(prefix)]
     if added:
         state_dict.update({key: initial[key] for key in added})
-        _logger.warning(f'Not in the checkpoint, kept at their initial values: {", ".join(added)}.')
+        names = dict.fromkeys(re.sub(r'\bblocks\.\d+\.', 'blocks.*.', key) for key in added)
+        _logger.warning(f'Not in the checkpoint, kept at their initial values: {", ".join(names)}.')
 
 
 def check_fit(state_dict: StateDict, model: VisionTransformer) -> None:

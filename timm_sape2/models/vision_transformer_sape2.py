@@ -1,9 +1,8 @@
 """Models registered with timm: SaPE2 vision transformers, and the same transformer with other position encodings."""
 
 import dataclasses
-import difflib
+import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,12 +19,16 @@ from timm.models import (
     split_model_name_tag,
 )
 
+from .._names import close_names
+from .._shipped import WEIGHTS, shipped
 from ..positions import ENCODINGS
 from .convert import checkpoint_filter_fn
 from .equip import SOURCES, equip
 from .vit import PositionVisionTransformer
 
-HUB_CONFIGS = Path(__file__).parents[2] / 'hub_configs'  # in a checkout
+LABELS = ('label_names', 'label_descriptions')
+# What a name says of its weights holds neither for a model without weights nor for one with others.
+WITHOUT_WEIGHTS = {'file': None, 'tag': 'untrained', **dict.fromkeys(LABELS)}
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
@@ -65,8 +68,25 @@ COMPARED: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]], str]] =
     'vit_small_pos_{}_patch4_32': (dict(patch_size=4, **SMALL), _cfg_32, 'ViT-S/4 at 32x32'),
 }
 
+
+def _shipped_cfgs() -> dict[str, PretrainedCfg]:
+    """What config.json says of the weights that come with the package, by model and tag."""
+    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    cfgs = {}
+    for weights in sorted(shipped().glob(f'*/{WEIGHTS}')):
+        config = json.loads(weights.with_name('config.json').read_text(encoding='utf-8'))
+        said: dict[str, Any] = {key: value for key, value in config['pretrained_cfg'].items() if key in known}
+        said |= {'label_names': config.get('label_names'), 'file': str(weights)}
+        said = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+        cfgs[weights.parent.name] = PretrainedCfg(**said)
+    return cfgs
+
+
+SHIPPED = _shipped_cfgs()
+
 default_cfgs = generate_default_cfgs(
     {
+        **SHIPPED,
         'vit_tiny_sape2.untrained': _cfg(),
         'vit_small_sape2.untrained': _cfg(),
         'vit_base_sape2.untrained': _cfg(),
@@ -81,27 +101,39 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def check_has_weights(variant: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> None:
+def check_has_weights(variant: str, pretrained_cfg: Any, overlay: Mapping[str, Any] | None) -> None:
     """Raise the RuntimeError that timm raises where there are no weights to load, but say where there are some."""
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(overlay or {}))
     if cfg.has_weights or cfg.state_dict:
         return
-    folders = [file.parent for file in sorted(HUB_CONFIGS.glob('*/model.safetensors'))]
-    there = [f"timm.create_model('local-dir:{folder}', pretrained=True)" for folder in folders]
+    there = [f"timm.create_model('{name}', pretrained=True)" for name in SHIPPED]
     raise RuntimeError(
         f"No pretrained weights exist for {variant}. 'hf-hub:OWNER/NAME' and 'local-dir:FOLDER' as names load some"
-        + (f', such as those that ship here: {"; ".join(there)}.' if there else '.')
+        + (f', and so do those that come with timm_sape2: {"; ".join(there)}.' if there else '.')
     )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> PositionVisionTransformer:
+def _create(
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> PositionVisionTransformer:
+    overlay = dict(pretrained_cfg_overlay or {})
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg)
+    is_shipped = not cfg.source and cfg.file in {shipped_cfg.file for shipped_cfg in SHIPPED.values()}
+    if is_shipped and (not pretrained or any(overlay.get(source) for source in SOURCES)):
+        overlay = {**WITHOUT_WEIGHTS, **overlay}
     if pretrained:
-        check_has_weights(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        check_has_weights(variant, pretrained_cfg, overlay)
     out_indices = kwargs.pop('out_indices', 3)
     return build_model_with_cfg(
         PositionVisionTransformer,
         variant,
         pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
@@ -182,12 +214,11 @@ def vit_equipped(
     """
     architecture, _ = split_model_name_tag(base)
     if not is_model(architecture) or architecture == 'vit_equipped':
-        close = difflib.get_close_matches(architecture, list_models('*vit*'), n=3)
-        hint = f'; close names: {", ".join(close)}' if close else ''
-        raise ValueError(f'base={base!r} is not a vision transformer of timm{hint}.')
+        close = close_names(architecture, list_models('*vit*'))
+        raise ValueError(f'base={base!r} is not a vision transformer of timm{close}.')
     cfg = resolve_pretrained_cfg('vit_equipped', pretrained_cfg, pretrained_cfg_overlay)
     if cfg.tag == 'untrained':
-        cfg = _cfg_of_base(base, cfg)
+        cfg = _cfg_of_base(base, cfg, pretrained)
     has_weights = bool(cfg.has_weights or cfg.state_dict)
 
     def build(**model_args: Any) -> PositionVisionTransformer:
@@ -208,12 +239,13 @@ def vit_equipped(
     )
 
 
-def _cfg_of_base(base: str, cfg: PretrainedCfg) -> PretrainedCfg:
+def _cfg_of_base(base: str, cfg: PretrainedCfg, pretrained: bool) -> PretrainedCfg:
     """The configuration of a base without its weights, and with what `cfg` has been told beyond its defaults."""
     default = dataclasses.asdict(get_pretrained_cfg('vit_equipped.untrained') or PretrainedCfg())
     told = {key: value for key, value in dataclasses.asdict(cfg).items() if value != default[key]}
     cfg_of_base = get_pretrained_cfg(base) or PretrainedCfg()
-    without_weights = {key: getattr(PretrainedCfg(), key) for key in SOURCES}
+    of_weights = SOURCES if pretrained else (*SOURCES, *LABELS)
+    without_weights = {key: getattr(PretrainedCfg(), key) for key in of_weights}
     return dataclasses.replace(cfg_of_base, **{**without_weights, 'tag': None, **told, 'architecture': 'vit_equipped'})
 
 

@@ -1,5 +1,6 @@
 """One vision transformer with swappable position encodings: model, block, attention."""
 
+import inspect
 import logging
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .._compat import feature_take_indices
+from .._names import did_you_mean
 from ..positions import ENCODINGS, HostShape, Positions, has_learned_embedding, parse_position
 from ..positions.base import GRID_HOOKS
 
@@ -30,6 +32,13 @@ POSITION_TABLE = re.compile(r'(^|\.)position\.\w+\.\w+$')
 
 class PositionAttention(Attention):
     """timm's multi-head self-attention, which leaves the attending to `position`, the `Positions` of its block."""
+
+    def project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys after normalisation, and values, (B, h, P + N, d) each, of tokens (B, P + N, C)."""
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return self.q_norm(query), self.k_norm(key), value
 
     def forward(
         self,
@@ -52,10 +61,8 @@ class PositionAttention(Attention):
         Returns:
             Tokens, (B, P + N, C).
         """
-        batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = self.project_in(x)
+        shared = self.position.look(x, grid, shared)
 
         if self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
@@ -63,7 +70,7 @@ class PositionAttention(Attention):
         else:
             attn = self.position.logits(query, key, value, grid, self.scale, shared, attn_mask, is_causal)
             attn = self.attn_drop(attn.softmax(dim=-1))
-            mixed = attn @ value
+            mixed = self.position.weigh(attn, value, grid, shared)
 
         mixed = mixed.transpose(1, 2)
         if self.position.has_bias and is_exporting():
@@ -130,6 +137,11 @@ class PositionVisionTransformer(VisionTransformer):
         refused = sorted({'pos_embed', 'block_fn', 'attn_layer'} & set(kwargs))
         if refused:
             raise TypeError(f'{", ".join(refused)}: not an argument of this model, use position and position_args.')
+        known = inspect.signature(VisionTransformer).parameters
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            hints = (repr(name) + did_you_mean(name, (*known, 'position', 'position_args')) for name in unknown)
+            raise TypeError(f'unexpected keyword argument {", ".join(hints)}')
         options = parse_position(position, position_args)
         check_patch_dropout(patch_drop_rate, options)
         image, patch = to_2tuple(img_size), to_2tuple(patch_size)
