@@ -11,19 +11,22 @@ import signal
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from torch import nn
 
-import train
+from timm_sape2.commands import train
 from timm_sape2.trained.checkpoint import Checkpoint, ResumePoint, read_checkpoint
 from timm_sape2.training import loop
-from timm_sape2.training.record import read_record
 from timm_sape2.training.resume import check_same_run, find_checkpoint, newest_checkpoint
+from timm_sape2.training.run_folder import read_record
+from timm_sape2.training.task import ResumableTask
 
 # Everything random that train.py has, and 5 batches an epoch, which do not come out even with updates of 2.
 FLAGS = shlex.split("""
     --model test_vit_sape2 --img-size 32 --num-classes 2 --epochs 3 --batch-size 8 --grad-accum-steps 2
     --lr 0.01 --warmup-epochs 1 --clip-grad 1 --drop 0.1 --drop-path 0.2 --mixup 0.8 --cutmix 1 --reprob 0.5
-    --aa rand-m9-mstd0.5-inc1 --model-ema --model-ema-decay 0.9 --checkpoint-hist 2 --device cpu --resume auto
+    --model-ema --model-ema-decay 0.9 --checkpoint-hist 2 --device cpu --resume auto
 """)
 
 
@@ -43,7 +46,10 @@ def undisturbed(photos, tmp_path_factory):
 
 
 def command(photos, output, workers=0, *flags):
-    data = ['--data-dir', str(photos), '--workers', str(workers)]
+    loader = shlex.split(f'--workers {workers} --aa rand-m9-mstd0.5-inc1')
+    if workers == 'memory':
+        loader = shlex.split('--loader memory --workers 0')
+    data = ['--data-dir', str(photos), *loader]
     return [*FLAGS, *flags, *data, '--output', str(output), '--experiment', 'run']
 
 
@@ -51,8 +57,8 @@ def assert_same_run(folder, expected):
     """Compare weights, moving average, optimizer, best weights and summary, bit for bit, epochs and names of files."""
     for name in ('last.pth.tar', 'model_best.pth.tar'):
         ours, theirs = read_checkpoint(folder / name), read_checkpoint(expected / name)
-        for key in ('epoch', 'state_dict', 'state_dict_ema', 'optimizer'):
-            assert_equal(ours[key], theirs[key])
+        for key in ('epoch', 'state_dict', 'state_dict_ema', 'task_state', 'optimizer'):
+            assert_equal(ours.get(key), theirs.get(key))
     assert (folder / 'summary.csv').read_text() == (expected / 'summary.csv').read_text()
     ours, theirs = (read_record(path)['epochs'] for path in (folder, expected))
     assert [(epoch['epoch'], epoch['images']) for epoch in ours] == [(e['epoch'], e['images']) for e in theirs]
@@ -127,7 +133,7 @@ def train_and_die(death, argv):
 def in_child(function, *args):
     """Run a function in a process of its own, forked from one that has imported everything, and return how it ended."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['train'])
+    context.set_forkserver_preload(['timm_sape2.commands.train'])
     process = context.Process(target=as_main_process, args=(function, *args))
     process.start()
     process.join(timeout=120)
@@ -145,7 +151,9 @@ def as_main_process(function, *args):
     [
         ('in the middle of an epoch', 0, []),
         ('in the middle of an epoch', 1, []),
+        ('in the middle of an epoch', 'memory', []),
         ('after a recovery checkpoint', 0, ['--recovery-interval', '1']),
+        ('after a recovery checkpoint', 'memory', ['--recovery-interval', '1']),
         ('in validation', 0, []),
         ('while a checkpoint is written', 0, ['--recovery-interval', '2']),
         ('while last.pth.tar is away', 0, []),
@@ -162,12 +170,35 @@ def test_killed_and_resumed_is_exact(death, workers, flags, photos, undisturbed,
 
 
 @pytest.mark.parametrize(
+    'flags',
+    [
+        '--opt muon --opt-kwargs ns_steps=1 --channels-last --kd-model-name TEACHER --kd-distill-type feature',
+        '--model-dtype bfloat16 --no-model-ema --opt-kwargs amsgrad=1 --train-img-sizes 16 48 --train-batch-sizes 8 4',
+    ],
+)
+def test_less_usual_runs_are_exact_too(flags, photos, tmp_path):
+    """Matrices by Muon and tables by AdamW, a map to the features of a teacher; 16 bits, batches of several sizes."""
+    teacher = timm.create_model('test_vit_sape2', img_size=32, num_classes=2, embed_dim=32, num_heads=2)
+    kwargs = dict(embed_dim=32, num_heads=2)
+    args = argparse.Namespace(model='test_vit_sape2', model_kwargs=kwargs, num_classes=2, input_size=(3, 32, 32))
+    torch.save({'state_dict': teacher.state_dict(), 'args': args}, tmp_path / 'teacher.pth')
+    flags = flags.replace('TEACHER', shlex.quote(str(tmp_path / 'teacher.pth'))).split()
+    flags += ['--epochs', '2', '--model-kwargs', 'depth=1', 'dynamic_img_size=True']
+    runs = [command(photos, tmp_path / name, 0, *flags) for name in ('killed', 'undisturbed')]
+    assert in_child(train_and_die, 'in the middle of an epoch', runs[0]) == -signal.SIGKILL
+    for argv in runs:
+        assert train.main(argv) == 0
+    assert_same_run(tmp_path / 'killed' / 'run', tmp_path / 'undisturbed' / 'run')
+
+
+@pytest.mark.parametrize(
     ('place', 'call', 'workers', 'number', 'saved'),
     [
         # The signal comes in batch 2 of epoch 1. Its update takes batch 3 too.
         ('backward', 8, 0, signal.SIGTERM, 'recovery-1-4.pth.tar'),
         ('backward', 10, 1, signal.SIGINT, 'recovery-1-5.pth.tar'),
         ('evaluate', 3, 0, signal.SIGTERM, 'recovery-1-5.pth.tar'),
+        ('backward', 8, 'memory', signal.SIGTERM, 'recovery-1-4.pth.tar'),
     ],
 )
 def test_stopped_by_a_signal_and_resumed_is_exact(
@@ -239,9 +270,9 @@ def test_another_run_is_refused_by_what_differs(trained_with, message, checkpoin
     now = dict(model='test_vit_sape2', model_kwargs={'depth': 2}, num_classes=2, input_size=(3, 32, 32))
     now.update(weight_decay=0.05, batch_size=8, lr=0.1)
     same = checkpoint(**dict(now, lr=0.2, batch_size=16, input_size=[3, 32, 32]))
-    check_same_run(Checkpoint.read(same), argparse.Namespace(**now))
+    check_same_run(Checkpoint.read(same), now)
     with pytest.raises(ValueError, match=message):
-        check_same_run(Checkpoint.read(checkpoint(**dict(now, **trained_with))), argparse.Namespace(**now))
+        check_same_run(Checkpoint.read(checkpoint(**dict(now, **trained_with))), now)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +290,7 @@ def test_another_run_is_refused_by_what_differs(trained_with, message, checkpoin
 )
 def test_encodings_are_compared_by_what_they_compute(was, wanted, is_same, checkpoint):
     path = checkpoint(model='test_vit_sape2', model_kwargs=was)
-    args = argparse.Namespace(model='test_vit_sape2', model_kwargs=wanted)
+    args = dict(model='test_vit_sape2', model_kwargs=wanted)
     if is_same:
         check_same_run(Checkpoint.read(path), args)
         return
@@ -273,13 +304,21 @@ def test_other_flags_are_listed(checkpoint, caplog):
     path = checkpoint(**was)
     with caplog.at_level('INFO'):
         now = dict(was, output='b', log_interval=7, workers=2, mean=[0.5], new_flag=3)
-        check_same_run(Checkpoint.read(path), argparse.Namespace(**now))
+        check_same_run(Checkpoint.read(path), now)
         assert not caplog.records
-        check_same_run(Checkpoint.read(path), argparse.Namespace(**dict(now, lr=0.2, epochs=20)))
+        check_same_run(Checkpoint.read(path), dict(now, lr=0.2, epochs=20))
     assert caplog.messages == [
         'Resumed with other flags, which make another run of it from here on: '
         'lr 0.2 instead of 0.1, epochs 20 instead of 10'
     ]
+
+
+def test_a_run_goes_on_with_its_own_loader(checkpoint):
+    for was in (dict(batch_size=8), dict(batch_size=8, loader='workers')):
+        path = checkpoint(**was)
+        check_same_run(Checkpoint.read(path), dict(batch_size=8, loader='workers'))
+        with pytest.raises(ValueError, match="trained with loader 'workers' instead of 'memory'"):
+            check_same_run(Checkpoint.read(path), dict(batch_size=8, loader='memory'))
 
 
 def test_another_batch_size_is_refused_in_the_middle_of_an_epoch(checkpoint):
@@ -287,7 +326,7 @@ def test_another_batch_size_is_refused_in_the_middle_of_an_epoch(checkpoint):
     state = dict(read_checkpoint(path), resume_point=vars(ResumePoint(epoch=1, num_batches=2)))
     torch.save(state, path)
     with pytest.raises(ValueError, match='batch_size 16 instead of 8'):
-        check_same_run(Checkpoint.read(path), argparse.Namespace(batch_size=8))
+        check_same_run(Checkpoint.read(path), dict(batch_size=8))
 
 
 def save_state(path, **state):
@@ -336,3 +375,27 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
     torch.save({'state_dict': {}}, tmp_path / 'weights.pth')
     with pytest.raises(ValueError, match='use it as --initial-checkpoint'):
         find_checkpoint(str(tmp_path / 'weights.pth'), tmp_path / 'run')
+
+
+def test_mean_loss_of_an_epoch():
+    """Losses 1 and 4 of batches with 2 and 1 images: (1 * 2 + 4 * 1) / 3."""
+    point = ResumePoint(epoch=5)
+    point.add_batch(1.0, 2)
+    point.add_batch(4.0, 1)
+    assert (point.num_batches, point.mean_loss) == (2, 2.0)
+
+
+def test_checkpoint_carries_the_resume_point(tmp_path):
+    task = ResumableTask(nn.Linear(2, 2), verbose=False)
+    assert set(task.get_checkpoint_state()) == {'state_dict'}
+    task.resume_point = ResumePoint(3, 7, 1.5, 28, random_states=[{'torch': torch.get_rng_state()}])
+    torch.save(dict(task.get_checkpoint_state(), optimizer={}), tmp_path / 'checkpoint.pth')
+    loaded = ResumePoint.of_checkpoint(torch.load(tmp_path / 'checkpoint.pth', weights_only=True))
+    assert torch.equal(loaded.random_states[0].pop('torch'), task.resume_point.random_states[0].pop('torch'))
+    assert loaded == task.resume_point
+    assert 'resume_point' not in task.get_checkpoint_state(ema=True)
+
+
+def test_weights_alone_say_nothing():
+    with pytest.raises(ValueError, match='no state of a training run'):
+        ResumePoint.of_checkpoint({'state_dict': {}})

@@ -1,69 +1,63 @@
-"""The flags of train.py: timm's names, ranges checked, a `--help` that teaches."""
+"""The flags of training: timm's names, ranges checked, a `--help` that teaches."""
 
 import argparse
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from timm.utils import ParseKwargs
+from .. import provenance
+from .._arguments import (
+    FLAG,
+    ArgumentParser,
+    KeyValues,
+    fraction,
+    loader_processes,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    whole_number,
+)
+from .recipe import find_recipe, recipe_arguments
 
-from .recipe import recipe_arguments
-
-DESCRIPTION = 'Train an image classifier with timm, on one process or under torchrun. Flags are named as in timm.'
+DESCRIPTION = """\
+Train an image classifier with timm, on one process or under torchrun. Flags are
+named as in timm."""
 
 EPILOG = """\
 examples:
-  python train.py
-      without data of yours: the digits of scikit-learn, two minutes on a laptop, nothing to download
-  python train.py --data-dir photos --model vit_small_sape2 --num-classes 5 --epochs 100 --amp --resume auto
-      photos/train/CLASS/*.jpg and photos/validation/CLASS/*.jpg; run it again after a crash and it continues
-  torchrun --nproc-per-node 4 train.py -c recipe.yaml --data-dir photos
-      a recipe is a YAML file of flags, as `batch_size: 128`; the command line wins over it
+  {train}
+      without data of yours: the digits of scikit-learn, two minutes on a
+      laptop, nothing to download
+  {train} --data-dir photos --model vit_small_sape2 \\
+      --num-classes 5 --epochs 100 --amp --resume auto
+      photos/train/CLASS/*.jpg and photos/validation/CLASS/*.jpg; run it again
+      after a crash and it continues
+  {train_on_four} -c recipe.yaml --data-dir DIR
+      a recipe is a YAML file of flags, as `batch_size: 128`; the command line
+      wins over it
+  {train} -c vit_small_sape2_patch4_32.cifar10
+      recipes of models come with the package
 
-stopping: SIGTERM and Ctrl-C save a recovery checkpoint at the next step; --resume auto continues exactly there.
-exit codes: 0 trained, 1 the loss is no longer finite, 2 an error in the input, 130 or 143 stopped by a signal.
+stopping: SIGTERM and Ctrl-C save a recovery checkpoint at the next step;
+--resume auto continues exactly there.
+exit codes: 0 trained, 1 the loss is no longer finite, 2 an error in the input,
+130 or 143 stopped by a signal.
 """
 
 
-def _number(kind: Callable[[str], float], holds: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f'must be {wanted}, not {text!r}')
-        return value
-
-    return convert
-
-
-FLAG = argparse.BooleanOptionalAction
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 SCHEDULES = ('cosine', 'step', 'wsd', 'constant', 'none')
 
-positive_int = _number(int, lambda value: value > 0, 'a whole number above 0')
-whole_number = _number(int, lambda value: value >= 0, 'a whole number, 0 or more')
-positive_float = _number(float, lambda value: value > 0, 'a number above 0')
-non_negative_float = _number(float, lambda value: value >= 0, 'a number, 0 or more')
-fraction = _number(float, lambda value: 0 <= value <= 1, 'a number from 0 to 1')
 
-
-class KeyValues(ParseKwargs):
-    """timm's KEY=VALUE pairs, with an error for what is no pair."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        for value in filter(None, values):
-            if '=' not in value:
-                parser.error(f'argument {option_string}: must be KEY=VALUE, not {value!r}')
-        super().__call__(parser, namespace, values, option_string)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser that raises its errors, for the caller to report like any other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+SEVERAL_SIZES = (
+    *('train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread'),
+    *('train_size_random_mix', 'train_batches_per_epoch', 'variable_batch_loss_scale'),
+)
+KD = (
+    *('kd_distill_type', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature'),
+    *('kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type'),
+)
 
 
 def parse_arguments(argv: Sequence[str], default_recipe: Path | None = None) -> argparse.Namespace:
@@ -83,25 +77,70 @@ def parse_arguments(argv: Sequence[str], default_recipe: Path | None = None) -> 
     first.add_argument('--dataset')
     named = first.parse_known_args(argv)[0]
     config = named.config or (None if named.data_dir or named.dataset else default_recipe)
-    recipe = recipe_arguments(Path(config), parser) if config else []
+    recipe = recipe_arguments(find_recipe(config), parser) if config else []
     args = parser.parse_args([*recipe, *argv])
     if args.img_size is not None:
         args.img_size = _height_and_width(args.img_size)
+    _settle_augmentation(args)
+    _check_sizes(args, parser)
+    if not args.log_wandb and (args.wandb_project or args.wandb_tags or args.wandb_resume_id):
+        raise ValueError('--wandb-project, --wandb-tags and --wandb-resume-id need --log-wandb')
+    if args.wandb_resume_id and not args.resume:
+        raise ValueError('--wandb-resume-id goes on with a run: add --resume')
+    without_teacher = [name for name in KD if args.kd_model_name is None and _is_given(name, args, parser)]
+    if without_teacher:
+        raise ValueError(f'{_flags(without_teacher)} needs a teacher: add --kd-model-name')
     return args
+
+
+def flags_of(function: Callable, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a function takes of the arguments of a run.
+
+    Args:
+        function: What it takes by name alone has the names of flags, or of what `set_up` finds out.
+        args: The arguments of the run.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        parameter.name: getattr(args, parameter.name)
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 def build_parser() -> ArgumentParser:
     """Build the parser of the whole command line."""
+    train = provenance.training_command()
+    program = train.removeprefix('python ')
     parser = ArgumentParser(
-        prog='train.py',
-        usage='train.py [-h] [-c FILE] [--data-dir DIR] [--model NAME] [FLAG ...]',
+        prog=program,
+        usage=f'{program} [-h] [-c FILE] [--data-dir DIR] [--model NAME] ...',
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.format(train=train, train_on_four=provenance.training_command(processes=4)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument('-c', '--config', metavar='FILE', help='recipe: YAML file with defaults for the flags below')
-    for add_group in (_data, _model, _optimizer, _schedule, _augmentation, _regularization, _ema, _device, _output):
+    parser.add_argument(
+        '-c',
+        '--config',
+        metavar='FILE',
+        help='recipe: YAML file with defaults for the flags below, or the name of a model whose recipe comes with the '
+        'package',
+    )
+    for add_group in (
+        _data,
+        _sizes,
+        _model,
+        _optimizer,
+        _schedule,
+        _augmentation,
+        _regularization,
+        _distillation,
+        _ema,
+        _device,
+        _output,
+        _tracking,
+    ):
         add_group(parser)
     return parser
 
@@ -123,11 +162,72 @@ def _data(parser: argparse.ArgumentParser) -> None:
     add('--val-num-samples', type=positive_int, metavar='N', help='validate on N images, evenly spaced (default: all)')
     add('-b', '--batch-size', type=positive_int, default=128, metavar='N', help='images a process takes (default: 128)')
     add('-vb', '--validation-batch-size', type=positive_int, metavar='N', help='same in validation (default: as -b)')
-    add('-j', '--workers', type=whole_number, default=4, metavar='N', help='processes that load images (default: 4)')
+    add(
+        '-j',
+        '--workers',
+        type=loader_processes,
+        default='4',
+        metavar='N',
+        help='processes that load images, at most one a core (default: 4)',
+    )
+    add(
+        '--loader',
+        choices=('workers', 'memory'),
+        default='workers',
+        help='memory: keep all images on the device and augment them there in batches, by shifts, mirroring, erasing, '
+        'mixup, cutmix; for small images (default: workers, processes that decode and augment one by one)',
+    )
     add('--crop-pct', type=fraction, metavar='X', help='side that validation keeps, 0 to 1 (default: of the model)')
     add('--mean', type=float, nargs='+', metavar='X', help='mean of the pixels, 0 to 1 (default: of the model)')
     add('--std', type=positive_float, nargs='+', metavar='X', help='their standard deviation (default: of the model)')
     add('--interpolation', choices=INTERPOLATIONS, help='resizing in validation (default: of the model)')
+
+
+def _sizes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('training at several image sizes, a batch at each').add_argument
+    add(
+        '--train-img-sizes',
+        type=positive_int,
+        nargs='+',
+        metavar='N',
+        help='sides of square training images, one drawn for each batch; validation is at --img-size. The model must '
+        'take them all: --model-kwargs dynamic_img_size=True (default: that of the model)',
+    )
+    add('--train-batch-sizes', type=positive_int, nargs='+', metavar='N', help='batch size for each (default: as -b)')
+    add('--train-size-probs', type=non_negative_float, nargs='+', metavar='P', help='how often (default: all alike)')
+    add(
+        '--train-size-schedule',
+        choices=('constant', 'progressive'),
+        default='constant',
+        help='progressive: go from the first size to the last in the course of the epochs (default: %(default)s)',
+    )
+    add(
+        '--train-size-schedule-spread',
+        type=non_negative_float,
+        default=0.65,
+        metavar='X',
+        help='with progressive, how far into the list the sizes of an epoch reach (default: %(default)s)',
+    )
+    add(
+        '--train-size-random-mix',
+        type=fraction,
+        default=0.1,
+        metavar='P',
+        help='with progressive, share of batches of any size (default: %(default)s)',
+    )
+    add(
+        '--train-batches-per-epoch',
+        '--train-steps-per-epoch',
+        type=positive_int,
+        metavar='N',
+        help='batches of an epoch (default: until the images are used up)',
+    )
+    add(
+        '--variable-batch-loss-scale',
+        choices=('none', 'sqrt', 'linear'),
+        default='none',
+        help='weight of a batch by its number of images, against the average batch (default: %(default)s)',
+    )
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +254,15 @@ def _model(parser: argparse.ArgumentParser) -> None:
     )
     add('--initial-checkpoint', default='', metavar='FILE', help='start from these weights, which must fit exactly')
     add('--grad-checkpointing', action=FLAG, default=False, help='recompute activations: less memory, more time')
+    add('--channels-last', action=FLAG, default=False, help='channels last in memory: convolutions on GPUs are faster')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile (backend: inductor)')
+    add(
+        '--torchcompile-mode',
+        choices=('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'),
+        metavar='MODE',
+        help='what inductor spends time on: reduce-overhead launches less, max-autotune and max-autotune-no-cudagraphs '
+        'search for the fastest kernels (default: default)',
+    )
 
 
 def _optimizer(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +271,15 @@ def _optimizer(parser: argparse.ArgumentParser) -> None:
     add('--opt-eps', type=positive_float, metavar='X', help='its epsilon (default: its own)')
     add('--opt-betas', type=float, nargs='+', metavar='X', help='its betas (default: its own)')
     add('--momentum', type=float, default=0.9, metavar='X', help='its momentum, if it has one (default: 0.9)')
+    add(
+        '--opt-kwargs',
+        nargs='*',
+        default={},
+        action=KeyValues,
+        metavar='KEY=VALUE',
+        help='its other options, by the names of its arguments in Python, as amsgrad=True; for muon '
+        "ns_steps=5 fallback_lr_scale=0.5; muon's AdamW trains position tables, biases and norms",
+    )
     add('--weight-decay', type=float, default=0.05, metavar='X', help='weight decay (default: %(default)s)')
     add('--layer-decay', type=positive_float, metavar='X', help='factor on the rate from a block to the one below it')
     add('--clip-grad', type=positive_float, metavar='X', help='largest norm of the gradient (default: no limit)')
@@ -191,13 +308,14 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     add('--no-aug', action='store_true', help='none at all, whatever the other flags say')
     add(
         '--train-crop-mode',
-        choices=('rrc', 'rkrc', 'rkrr'),
-        help='random resized crop, or resize and keep the ratio, then crop the center or at random (default: rrc)',
+        choices=('rrc', 'rkrc', 'rkrr', 'shift'),
+        help='random resized crop, or resize and keep the ratio, then crop the center or at random (default: rrc); '
+        'shift by up to an eighth of the side (the one of --loader memory)',
     )
     add('--scale', type=positive_float, nargs=2, metavar='X', help='smallest and largest area (default: 0.08 1)')
     add('--ratio', type=positive_float, nargs=2, metavar='X', help='narrowest and widest shape (default: 0.75 1.33)')
     add('--hflip', type=fraction, default=0.5, metavar='P', help='probability to mirror the image (default: 0.5)')
-    add('--color-jitter', type=float, default=0.4, metavar='X', help='strength; none with --aa (default: 0.4)')
+    add('--color-jitter', type=float, metavar='X', help='strength; none with --aa (default: 0.4, from memory 0)')
     add('--aa', metavar='POLICY', help='AutoAugment or RandAugment, as rand-m9-mstd0.5-inc1 (default: none)')
     add('--aug-repeats', type=whole_number, default=0, metavar='N', help='copies of an image, over the processes')
     add('--reprob', type=fraction, default=0.0, metavar='P', help='probability to erase a part (default: 0)')
@@ -223,6 +341,40 @@ def _regularization(parser: argparse.ArgumentParser) -> None:
     add('--drop-path', type=fraction, metavar='P', help='stochastic depth (default: of the model)')
 
 
+def _distillation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('learning from another model, its teacher').add_argument
+    add(
+        '--kd-model-name',
+        metavar='NAME|SOURCE',
+        help='the teacher: a model with published weights, a checkpoint, the folder of a run or OWNER/NAME on the Hub; '
+        'of the same classes, unless features are learned from (default: none)',
+    )
+    add(
+        '--kd-distill-type',
+        choices=('logit', 'feature', 'token'),
+        default='logit',
+        help='what to learn: its logits, its features before the classifier, or its logits by a token of their own '
+        '(for distilled models of timm) (default: %(default)s)',
+    )
+    add('--kd-loss-type', choices=('kl',), default='kl', help='loss on logits (default: kl, Kullback-Leibler)')
+    add(
+        '--distill-loss-weight',
+        type=non_negative_float,
+        metavar='X',
+        help='weight of that loss (default: 1; or 1 minus --task-loss-weight if that is given)',
+    )
+    add('--task-loss-weight', type=non_negative_float, metavar='X', help='weight of the loss on classes (default: 1)')
+    add('--kd-temperature', type=positive_float, default=4.0, metavar='T', help='softens the logits (default: 4)')
+    add('--kd-student-feature-dim', type=positive_int, metavar='N', help='width of features (default: of the model)')
+    add('--kd-teacher-feature-dim', type=positive_int, metavar='N', help='same for the teacher (default: its own)')
+    add(
+        '--kd-token-distill-type',
+        choices=('soft', 'hard'),
+        default='soft',
+        help='what the token learns: all logits, or the class that is highest (default: %(default)s)',
+    )
+
+
 def _ema(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('moving average of the weights').add_argument
     add('--model-ema', action=FLAG, default=False, help='keep one, and validate it instead of the weights')
@@ -235,6 +387,12 @@ def _device(parser: argparse.ArgumentParser) -> None:
     add('--device', metavar='DEVICE', help='cpu, cuda or cuda:N (default: cuda if there is one, else cpu)')
     add('--amp', action=FLAG, default=False, help='automatic mixed precision')
     add('--amp-dtype', choices=('bfloat16', 'float16'), default='bfloat16', help='its type (default: %(default)s)')
+    add(
+        '--model-dtype',
+        choices=('float32', 'bfloat16', 'float16'),
+        help='type of the weights, the optimizer and all else, instead of --amp: bfloat16 takes half the memory, and '
+        'small updates are lost in it; float16 overflows easily (default: float32)',
+    )
     add('--seed', type=whole_number, default=42, metavar='N', help='seed of everything random (default: 42)')
 
 
@@ -261,7 +419,76 @@ def _output(parser: argparse.ArgumentParser) -> None:
     add('--log-interval', type=positive_int, default=50, metavar='N', help='batches from line to line, off a terminal')
 
 
+def _tracking(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('watching from elsewhere').add_argument
+    add('--log-wandb', action=FLAG, default=False, help='report epochs to Weights & Biases (its package: wandb)')
+    add('--wandb-project', metavar='NAME', help='project there (default: that of your account)')
+    add('--wandb-tags', nargs='*', default=[], metavar='TAG', help='tags of the run there')
+    add(
+        '--wandb-resume-id',
+        default='',
+        metavar='ID',
+        help='run there that goes on, with --resume (default: the one that the folder of the run remembers)',
+    )
+    add(
+        '--log-tensorboard',
+        action=FLAG,
+        default=False,
+        help='write events to the folder of the run, for `tensorboard --logdir` (its package: tensorboard)',
+    )
+
+
+def _settle_augmentation(args: argparse.Namespace) -> None:
+    """Fill in what the loader does by default, and refuse what it cannot do."""
+    from_memory = args.loader == 'memory'
+    if args.color_jitter is None:
+        args.color_jitter = 0.0 if from_memory else 0.4
+    if from_memory:
+        args.train_crop_mode = args.train_crop_mode or 'shift'
+        refused = {
+            '--train-crop-mode ' + args.train_crop_mode: args.train_crop_mode != 'shift',
+            '--scale': args.scale is not None,
+            '--ratio': args.ratio is not None,
+            '--color-jitter': args.color_jitter != 0,
+            '--aa': args.aa is not None,
+            '--aug-repeats': args.aug_repeats != 0,
+            '--train-interpolation': args.train_interpolation != 'random',
+            '--train-img-sizes': args.train_img_sizes is not None,
+        }
+        flags = ', '.join(flag for flag, is_given in refused.items() if is_given)
+        if flags:
+            raise ValueError(f'--loader memory does not do {flags}: leave it out, or use --loader workers')
+    elif args.train_crop_mode == 'shift':
+        raise ValueError('--train-crop-mode shift needs --loader memory')
+
+
+def _check_sizes(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what does not fit the training sizes."""
+    sizes = args.train_img_sizes
+    if sizes is None:
+        without_sizes = [name for name in SEVERAL_SIZES if _is_given(name, args, parser)]
+        if without_sizes:
+            raise ValueError(f'{_flags(without_sizes)} goes with several sizes: add --train-img-sizes')
+        return
+    for name in ('train_batch_sizes', 'train_size_probs'):
+        numbers = getattr(args, name)
+        if numbers is not None and len(numbers) != len(sizes):
+            raise ValueError(f'{_flags([name])} takes a number for each of the {len(sizes)} --train-img-sizes')
+    if args.train_size_probs is not None and not any(args.train_size_probs):
+        raise ValueError('--train-size-probs are all 0')
+    if args.train_size_schedule == 'progressive' and len(sizes) < 2:
+        raise ValueError('--train-size-schedule progressive goes from one size to another: give two --train-img-sizes')
+
+
 def _height_and_width(size: Sequence[int]) -> tuple[int, int]:
     if len(size) > 2:
         raise ValueError(f'argument --img-size: takes a side, or a height and a width, not {len(size)} numbers')
     return size[0], size[-1]
+
+
+def _is_given(name: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
+    return getattr(args, name) != parser.get_default(name)
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ', '.join('--' + name.replace('_', '-') for name in names)

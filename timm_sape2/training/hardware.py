@@ -1,36 +1,44 @@
 """Where a run computes and in which precision: device, processes, mixed precision."""
 
-import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from timm.utils import NativeScaler, init_distributed_device
+from timm.utils import NativeScaler
+from timm.utils.distributed import init_distributed_device_so
 
 
-def check_device(args: argparse.Namespace) -> None:
-    """Choose the device of `args` if none is named.
+def check_device(device: str | None, amp: bool, amp_dtype: str = 'bfloat16') -> str:
+    """Return the name of the device to compute on, chosen if none is named.
 
     Raises:
         ValueError: If there is no such device, or it cannot do the mixed precision asked for.
     """
-    args.device = device_name(args.device)
-    kind = args.device.partition(':')[0]
-    if kind == 'cpu' and args.amp and args.amp_dtype == 'float16':
+    name = device_name(device)
+    if name.partition(':')[0] == 'cpu' and amp and amp_dtype == 'float16':
         raise ValueError('--amp-dtype float16 needs a GPU: use bfloat16 on the CPU')
+    return name
 
 
-def set_up_device(args: argparse.Namespace) -> torch.device:
-    """Join the processes of a distributed run and return the device of this one; `args` gets rank and world size.
+def set_up_device(
+    device: str | None, amp: bool, amp_dtype: str = 'bfloat16'
+) -> tuple[torch.device, dict[str, int | bool]]:
+    """Join the processes of a distributed run.
+
+    Returns:
+        The device of this process; and its 'rank', 'local_rank', the 'world_size', and whether it is 'distributed'.
 
     Raises:
         ValueError: If there is no such device, or it cannot do the mixed precision asked for.
     """
-    check_device(args)
-    if args.device.startswith('cuda'):
+    name = check_device(device, amp, amp_dtype)
+    if name.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    return init_distributed_device(args)
+    found = init_distributed_device_so(name)
+    processes = {key: found[key] for key in ('local_rank', 'world_size', 'distributed')}
+    return torch.device(found['device']), {'rank': found['global_rank'], **processes}
 
 
 def device_name(name: str | None) -> str:
@@ -44,8 +52,29 @@ def device_name(name: str | None) -> str:
     return name
 
 
-def mixed_precision(args: argparse.Namespace, device: torch.device) -> tuple[Callable, NativeScaler | None]:
+def mixed_precision(device: torch.device, amp: bool, amp_dtype: str) -> tuple[Callable, NativeScaler | None]:
     """Return the autocast context of `--amp`, without effect if it is off, and the loss scaler that float16 needs."""
-    autocast = partial(torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
-    scaled = args.amp and args.amp_dtype == 'float16'
+    autocast = partial(torch.autocast, device.type, dtype=getattr(torch, amp_dtype), enabled=amp)
+    scaled = amp and amp_dtype == 'float16'
     return autocast, NativeScaler(device=device.type) if scaled else None
+
+
+def format_of_images(model_dtype: str | None, channels_last: bool) -> dict[str, Any]:
+    """Return type and memory format of weights and images, as `Tensor.to` takes them."""
+    return dict(
+        dtype=getattr(torch, model_dtype) if model_dtype else None,
+        memory_format=torch.channels_last if channels_last else torch.preserve_format,
+    )
+
+
+def check_precision(amp: bool, model_dtype: str | None, model_ema: bool) -> None:
+    """Raise a ValueError if the types of weights and of the rest do not go together."""
+    if model_dtype in (None, 'float32'):
+        return
+    if amp:
+        raise ValueError(f'--amp keeps the weights in float32: leave out --amp, or --model-dtype {model_dtype}')
+    if model_ema:
+        raise ValueError(
+            f'--model-ema stands still in --model-dtype {model_dtype}, whose digits are too few for its small steps: '
+            'use --amp'
+        )

@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -18,24 +18,31 @@ from typing import Any, NoReturn, cast
 import torch
 from timm import utils
 from timm.data import Mixup
+from timm.optim import optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from .._files import check_writable
+from ..data import datasets
+from ..data.memory import check_memory
 from ..trained.accuracy import evaluate
 from ..trained.checkpoint import Checkpoint, ResumePoint
-from . import datasets, hardware, loaders, resume, run_folder
-from .curves import draw_curves
-from .interrupt import SignalCatcher
-from .model import build_model, create_optimizer
-from .processes import all_random_states, any_process, mean_loss_and_stop
-from .progress import EpochProgress
-from .record import add_to_record, begin_record, read_record
-from .task import ResumableTask
+from . import hardware, loaders, resume, run_folder
+from .arguments import flags_of
+from .console import EpochProgress, describe_run
+from .model import build_model, check_compilation, create_optimizer
+from .processes import SignalCatcher, all_random_states, any_process, mean_loss_and_stop
+from .run_folder import add_to_record, begin_record, draw_curves, read_record
+from .task import Resumable, ResumableTask, check_sizes, create_distillation, open_teacher
+from .tracking import TensorBoard, Tracker, Wandb, check_trackers
 
 _logger = logging.getLogger(__name__)
+
+
+LOSS_SCALES = {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}  # exponents of the number of images
 
 
 @dataclasses.dataclass
@@ -44,10 +51,11 @@ class Run:
 
     args: argparse.Namespace
     device: torch.device
+    images_as: dict[str, Any]
     train_loader: DataLoader
     val_loader: DataLoader
     mixup: Mixup | None
-    task: ResumableTask
+    task: Resumable
     optimizer: Optimizer
     scheduler: Scheduler | None
     num_epochs: int
@@ -56,6 +64,7 @@ class Run:
     folder: Path
     start: ResumePoint
     saver: utils.CheckpointSaver | None = None
+    trackers: Sequence[Tracker] = ()
 
 
 def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | None = None) -> Run:
@@ -70,46 +79,60 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
         OSError: If a file is missing, or the folder cannot be written to.
     """
     recipe = {name: value for name, value in vars(args).items() if name != 'config'}
-    device = hardware.set_up_device(args)
-    folder = run_folder.path_of_run(args)
-    run_folder.check_writable(folder)
+    check_trackers(args.log_wandb, args.log_tensorboard)
+    hardware.check_precision(args.amp, args.model_dtype, args.model_ema)
+    check_compilation(args.torchcompile, args.torchcompile_mode)
+    device, processes = hardware.set_up_device(args.device, args.amp, args.amp_dtype)
+    vars(args).update(processes, device=str(device))
+    images_as = hardware.format_of_images(args.model_dtype, args.channels_last)
+    folder = run_folder.path_of_run(args.output, args.experiment, args.model)
+    check_writable(folder)
     read_record(folder)
     checkpoint = resume.find_checkpoint(args.resume, folder)
 
     utils.random_seed(args.seed)
-    model = build_model(args, with_weights=checkpoint is None)
+    model = build_model(checkpoint is None, **flags_of(build_model, args))
     if initialize is not None:
         initialize(model)
-    model.to(device)
-    data_config = loaders.resolve_data(args, model)
+    model.to(device, **images_as)
+    data_config = loaders.resolve_data(model, **flags_of(loaders.resolve_data, args))
+    training_sizes = [(side, side) for side in args.train_img_sizes or ()]
+    check_sizes(model, data_config['input_size'][0], training_sizes, f'--model {args.model}')
     args.num_classes, args.input_size = model.num_classes, data_config['input_size']
     if checkpoint:
-        resume.check_same_run(checkpoint, args)
-    run_folder.check_free_space(folder, model, args)
+        resume.check_same_run(checkpoint, vars(args))
+    run_folder.check_free_space(folder, model, args.checkpoint_hist, args.recovery_interval, args.model_ema)
 
-    train_set, val_set = datasets.open_datasets(args, in_chans=args.input_size[0])
+    open_both = datasets.open_train_and_validation
+    train_set, val_set = open_both(args.input_size[0], **flags_of(open_both, args))
     datasets.check_class_count(train_set, args.num_classes)
-    mixup = loaders.create_mixup(args, args.num_classes, device)
-    train_loader = loaders.create_train_loader(args, train_set, data_config, device, mixup)
-    val_loader = loaders.create_validation_loader(args, val_set, data_config, device)
+    num_images = len(cast(Sized, train_set)), len(cast(Sized, val_set))
+    if args.loader == 'memory':
+        check_memory(sum(num_images), args.input_size, device)
+    mixup = loaders.create_mixup(args.num_classes, device, **flags_of(loaders.create_mixup, args))
+    of_training, of_validation = (
+        flags_of(create, args) for create in (loaders.create_train_loader, loaders.create_validation_loader)
+    )
+    train_loader = loaders.create_train_loader(train_set, data_config, device, mixup, **of_training)
+    val_loader = loaders.create_validation_loader(val_set, data_config, device, **of_validation)
 
-    loss = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixup is not None)
-    task = ResumableTask(model, criterion_kwargs=loss, device=device, verbose=False)
+    task = create_task(args, model, data_config, device, images_as['dtype'], soft_targets=mixup is not None)
     task.class_names = datasets.class_names(train_set)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    optimizer = create_optimizer(args, model)
-    autocast, loss_scaler = hardware.mixed_precision(args, device)
+    optimizer = create_optimizer(task.trainable_module, opt_kwargs=args.opt_kwargs, **optimizer_kwargs(args))
+    autocast, loss_scaler = hardware.mixed_precision(device, args.amp, args.amp_dtype)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     start = resume.load_run(checkpoint, task, optimizer, loss_scaler) if checkpoint else ResumePoint()
     if args.torchcompile:
-        task.compile(backend=args.torchcompile)
-        task.compile_ema(backend=args.torchcompile)
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
     run = Run(
         args=args,
         device=device,
+        images_as=images_as,
         train_loader=train_loader,
         val_loader=val_loader,
         mixup=mixup,
@@ -123,8 +146,41 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
         start=start,
     )
     if utils.is_primary(args):
+        flags = flags_of(describe_run, args)
+        _logger.info(describe_run(utils.unwrap_model(model), num_images, len(train_loader), folder, **flags))
         run.saver = open_folder(run, recipe, checkpoint)
+        run.trackers = open_trackers(run, recipe)
     return run
+
+
+def create_task(
+    args: argparse.Namespace,
+    model: nn.Module,
+    data_config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    soft_targets: bool,
+) -> Any:
+    """Create the task of the run: classification, or learning from a teacher beside it."""
+    loss = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=soft_targets)
+    if args.kd_model_name is None:
+        return ResumableTask(model, criterion_kwargs=loss, device=device, dtype=dtype, verbose=False)
+    kind = args.kd_distill_type
+    teacher = open_teacher(args.kd_model_name, args.input_size, None if kind == 'feature' else args.num_classes)
+    channels, height, width = args.input_size
+    sizes = [(height, width), *((side, side) for side in args.train_img_sizes or ())]
+    check_sizes(teacher, channels, sizes, f'--kd-model-name {args.kd_model_name}')
+    options = dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+    if kind == 'feature':
+        options |= dict(
+            student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim
+        )
+    else:
+        options['temperature'] = args.kd_temperature
+    if kind == 'token':
+        options['distill_type'] = args.kd_token_distill_type
+    mean, std = data_config['mean'], data_config['std']
+    return create_distillation(kind, model, teacher, mean, std, device, dtype, criterion_kwargs=loss, **options)
 
 
 def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Checkpoint | None) -> utils.CheckpointSaver:
@@ -158,6 +214,21 @@ def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Checkpoint | None)
     return saver
 
 
+def open_trackers(run: Run, recipe: dict[str, Any]) -> list[Tracker]:
+    """Open what the run is to be reported to, unless nothing is left to report."""
+    args, trackers = run.args, list[Tracker]()
+    if run.start.epoch >= run.num_epochs:
+        return trackers
+    if args.log_wandb:
+        is_resumed = (run.start.epoch, run.start.num_batches) > (0, 0)
+        trackers.append(
+            Wandb(run.folder, is_resumed, recipe, args.wandb_project, args.wandb_tags, args.wandb_resume_id)
+        )
+    if args.log_tensorboard:
+        trackers.append(TensorBoard(run.folder, run.start.epoch))
+    return trackers
+
+
 def fit(run: Run, signals: SignalCatcher) -> None:
     """Train and validate the epochs that are left."""
     if run.start.epoch >= run.num_epochs:
@@ -177,17 +248,23 @@ def fit(run: Run, signals: SignalCatcher) -> None:
             add_to_record(run.folder, epoch, point.loss_count, point.seconds, time.perf_counter() - started)
         if metrics is not None:
             save_epoch(run, point, metrics)
+    for tracker in run.trackers:
+        tracker.close()
 
 
 def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint:
     """Train one epoch, from its first batch or from where the run was resumed, and return how it went."""
     args, task = run.args, run.task
     point = dataclasses.replace(run.start) if epoch == run.start.epoch else ResumePoint(epoch)
-    num_batches, images_per_batch = len(run.train_loader), args.batch_size * args.world_size
+    num_batches = len(run.train_loader)
+    num_images = loaders.images_of_epoch(run.train_loader, epoch) * args.world_size
     updates_per_epoch = math.ceil(num_batches / args.grad_accum_steps)
     shown = run.saver is not None
-    progress = EpochProgress(point, run.num_epochs, num_batches, images_per_batch, args.log_interval, shown)
-    batches = loaders.epoch_batches(args, run.train_loader, run.mixup, point, run.device)
+    rate = max(group['lr'] for group in run.optimizer.param_groups)
+    progress = EpochProgress(point, run.num_epochs, num_batches, num_images, rate, args.log_interval, shown)
+    average, exponent = loaders.average_batch_size(run.train_loader), LOSS_SCALES[args.variable_batch_loss_scale]
+    flags = flags_of(loaders.epoch_batches, args)
+    batches = loaders.epoch_batches(run.train_loader, run.mixup, point, run.device, **run.images_as, **flags)
     task.trainable_module.train()
     run.optimizer.zero_grad()
     started = time.perf_counter() - point.seconds
@@ -199,10 +276,10 @@ def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint
             with nullcontext() if need_update else task.no_sync():
                 with run.autocast():
                     loss = task(input, target)['loss']
-                mean_loss, stopping = mean_loss_and_stop(loss, signals.caught, args)
+                mean_loss, stopping = mean_loss_and_stop(loss, signals.caught, args.world_size)
                 check_finite(run, mean_loss, f'in epoch {epoch}, batch {point.num_batches}')
-                backward(run, loss / batches_of_update, need_update)
-            point.add_batch(mean_loss, images_per_batch)
+                backward(run, loss * (len(input) / average) ** exponent / batches_of_update, need_update)
+            point.add_batch(mean_loss, len(input) * args.world_size)
             point.seconds = time.perf_counter() - started
             progress.update(point)
             if not need_update:
@@ -240,7 +317,8 @@ def validate(run: Run, signals: SignalCatcher, ema: bool = False) -> dict[str, f
         run.device,
         run.autocast,
         distributed=run.args.distributed,
-        after_batch=lambda totals: any_process(signals.caught, run.args, run.device),
+        after_batch=lambda *batch: any_process(signals.caught, run.args.world_size, run.device),
+        **run.images_as,
     )
 
 
@@ -252,20 +330,24 @@ def save_epoch(run: Run, point: ResumePoint, metrics: dict[str, float]) -> None:
     if run.saver is None:
         return
     rates = [group['lr'] for group in run.optimizer.param_groups]
-    run_folder.add_to_summary(run.folder, epoch, {'loss': point.mean_loss}, metrics, lr=sum(rates) / len(rates))
+    row = run_folder.add_to_summary(run.folder, epoch, {'loss': point.mean_loss}, metrics, lr=sum(rates) / len(rates))
     best, best_epoch = run.saver.save_checkpoint(epoch, metric=metrics[run.args.eval_metric])
     for outdated in run.folder.glob('recovery*.pth.tar'):
         outdated.unlink()
     draw_curves(run.folder)
+    for tracker in run.trackers:
+        tracker.log(row)
+    speed = f'{point.seconds:.0f} s, {point.loss_count / max(point.seconds, 1e-9):.0f} images/s'
     _logger.info(
-        f'Epoch {epoch}, loss {point.mean_loss:.4f}, validation: loss {metrics["loss"]:.4f}, '
-        f'top-1 {metrics["top1"]:.2f} % (best {run.args.eval_metric}: {best:.5g} in epoch {best_epoch})'
+        f'Epoch {epoch}, {speed}, rate {max(rates):.3g}, loss {point.mean_loss:.4f}, '
+        f'validation: loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f} % '
+        f'(best {run.args.eval_metric}: {best:.5g} in epoch {best_epoch})'
     )
 
 
 def save_recovery(run: Run, point: ResumePoint) -> None:
     """Write a checkpoint in the middle of an epoch."""
-    point.random_states = all_random_states(run.args)
+    point.random_states = all_random_states(run.args.world_size)
     run.task.resume_point = point
     if run.saver is not None:
         run.saver.save_recovery(point.epoch, point.num_batches)

@@ -1,11 +1,24 @@
-"""Recipes: YAML files whose keys are the flags of train.py, with underscores."""
+"""Recipes: YAML files whose keys are the flags of training, with underscores."""
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from .._names import did_you_mean
+from .._shipped import shipped
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe: the one of this path or, if there is none, the one that comes with the package.
+
+    Args:
+        name: A path; or a model and its tag, such as 'vit_compact_sape2_patch4_32.cifar10', for train.yaml of its
+            folder in hub_configs, and with '/pretrain.yaml' after it for the other recipe there.
+    """
+    candidates = (Path(name), shipped() / name / 'train.yaml', shipped() / name)
+    return next((path for path in candidates if path.is_file()), Path(name))
 
 
 def recipe_arguments(path: Path, parser: argparse.ArgumentParser) -> list[str]:
@@ -56,10 +69,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _listed(unknown: list[Any], known: list[str]) -> str:
-    names = []
-    for key in unknown:
-        close = difflib.get_close_matches(str(key).replace('-', '_'), known, n=1)
-        names.append(f'{key!r} (did you mean {close[0]!r}?)' if close else repr(key))
+    names = [repr(key) + did_you_mean(str(key).replace('-', '_'), known) for key in unknown]
     return f'{"key" if len(unknown) == 1 else "keys"} {", ".join(names)}'
 
 

@@ -1,8 +1,8 @@
-"""Resuming: which checkpoint a run goes on from, whether it belongs to the same run, and loading it."""
+"""Resuming: checkpoints that say where in the run they were taken, and going on from the right one."""
 
-import argparse
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ _logger = logging.getLogger(__name__)
 
 # A checkpoint continues only a run that agrees in these. They go by the names of their flags.
 MODEL = ('model', 'model_kwargs', 'num_classes', 'input_size')
-OPTIMIZER = ('opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay')
-BATCHES = ('batch_size', 'grad_accum_steps', 'world_size')
+OPTIMIZER = ('opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'layer_decay', 'opt_kwargs')
+OTHERS = ('loader', 'model_dtype', 'kd_model_name', 'kd_distill_type')
+BATCHES = (
+    *('batch_size', 'grad_accum_steps', 'world_size', 'train_img_sizes', 'train_batch_sizes', 'train_size_probs'),
+    *('train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix', 'train_batches_per_epoch'),
+)
 # These change nothing in the weights of a run that goes on; the last ones are not flags.
 FREE = {
     *('config', 'output', 'experiment', 'resume', 'pretrained', 'pretrained_path', 'initial_checkpoint'),
     *('device', 'workers', 'validation_batch_size', 'log_interval', 'recovery_interval', 'checkpoint_hist'),
+    *('log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'log_tensorboard'),
     *('rank', 'local_rank', 'distributed', 'input_size'),
 }
 
@@ -74,24 +79,28 @@ def find_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def check_same_run(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+def check_same_run(checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> None:
     """Compare a checkpoint with the run that is to go on from it, and list the other flags that differ in the log.
+
+    Args:
+        checkpoint: The checkpoint.
+        arguments: All arguments of the run.
 
     Raises:
         ValueError: It is of another model, optimizer or batch size; the message names what differs.
     """
-    names: tuple[str, ...] = MODEL + OPTIMIZER
+    names: tuple[str, ...] = MODEL + OPTIMIZER + OTHERS
     if checkpoint.resume_point.num_batches:
         names += BATCHES
-    differences = [name for name in names if _differs(name, checkpoint, args)]
+        if arguments.get('train_size_schedule') == 'progressive':
+            names += ('epochs',)
+    differences = [name for name in names if _differs(name, checkpoint, arguments)]
     if differences:
-        listed = ', '.join(
-            f'{name} {checkpoint.args[name]!r} instead of {getattr(args, name)!r}' for name in differences
-        )
+        listed = _listed(differences, _arguments_of(checkpoint), arguments)
         raise ValueError(f'cannot resume from {checkpoint.path}, which was trained with {listed}')
-    changed = [name for name in vars(args) if name not in FREE and _differs(name, checkpoint, args)]
+    changed = [name for name in arguments if name not in FREE and _differs(name, checkpoint, arguments)]
     if changed:
-        listed = ', '.join(f'{name} {getattr(args, name)!r} instead of {checkpoint.args[name]!r}' for name in changed)
+        listed = _listed(changed, arguments, _arguments_of(checkpoint))
         _logger.info(f'Resumed with other flags, which make another run of it from here on: {listed}')
 
 
@@ -132,20 +141,29 @@ def restore_saver(saver: CheckpointSaver, checkpoint: Checkpoint) -> None:
         saver.save_checkpoint(state['epoch'], state.get('metric'))
 
 
-def _differs(name: str, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
+def _differs(name: str, checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> bool:
     """Return whether a run that goes on has another value than the checkpoint; what that does not say is the same."""
-    trained_with = checkpoint.args
-    if name not in trained_with or (name in MODEL and trained_with[name] is None):
+    trained_with = _arguments_of(checkpoint)
+    if name not in trained_with or name not in arguments or (name in MODEL and trained_with[name] is None):
         return False  # timm leaves what it takes from the model open
-    was, wanted = trained_with[name], getattr(args, name)
-    if name == 'model_kwargs' and _plain(was) != _plain(wanted) and _same_encoding(checkpoint, args):
+    was, wanted = trained_with[name], arguments[name]
+    if name == 'model_kwargs' and _plain(was) != _plain(wanted) and _same_encoding(checkpoint, arguments):
         was, wanted = ({k: v for k, v in kwargs.items() if not k.startswith('position')} for kwargs in (was, wanted))
     return _plain(was) != _plain(wanted)
 
 
-def _same_encoding(checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
+def _arguments_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint was trained with; older ones do not name what there was no choice of."""
+    return {'loader': 'workers', 'model_dtype': None, 'kd_model_name': None, 'train_img_sizes': None, **checkpoint.args}
+
+
+def _listed(names: Iterable[str], values: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    return ', '.join(f'{name} {values[name]!r} instead of {others[name]!r}' for name in names)
+
+
+def _same_encoding(checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> bool:
     try:
-        trained, asked = checkpoint.encodings(), encodings_by_name(args.model, args.model_kwargs)
+        trained, asked = checkpoint.encodings(), encodings_by_name(arguments['model'], arguments['model_kwargs'])
         check_encodings(trained, asked)
     except ValueError:
         return False

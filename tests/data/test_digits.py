@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_sape2.training.digits import Digits
+from timm_sape2.data.digits import Digits
 
 
 def test_a_digit_is_an_image_and_its_class():

@@ -1,6 +1,5 @@
 """Opening the two data sets of a run, and finding what is wrong with them before it starts."""
 
-import argparse
 import os
 from typing import Any
 
@@ -12,19 +11,38 @@ from .digits import Digits
 STREAMED = ('hfids/', 'tfds/', 'wds/')
 
 
-def open_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset]:
+def open_train_and_validation(
+    channels: int,
+    *,
+    dataset: str,
+    data_dir: str | None,
+    train_split: str = 'train',
+    val_split: str = 'validation',
+    train_num_samples: int | None = None,
+    val_num_samples: int | None = None,
+    dataset_download: bool = False,
+) -> tuple[Dataset, Dataset]:
     """Open the training and the validation data.
 
     Args:
-        args: The arguments of the run.
+        channels: 1 for gray images, 3 for color.
+        dataset: As in `open_split`, like `data_dir`.
+        data_dir: Folder of the images.
         in_chans: 1 for gray images, 3 for color.
+        train_split: Name of the split to train on.
+        val_split: Name of the split to validate on.
+        train_num_samples: Images to train on, evenly spaced; None for all.
+        val_num_samples: Images to validate on, evenly spaced; None for all.
+        dataset_download: Download the data.
 
     Raises:
         ValueError: If there is no such data, none in it, or the two splits do not fit together.
     """
-    train, validation = (open_split(args, split, in_chans) for split in (args.train_split, args.val_split))
+    train, validation = (
+        open_split(dataset, data_dir, split, channels, dataset_download) for split in (train_split, val_split)
+    )
     _check_classes(train, validation)
-    return _thinned(train, args.train_num_samples), _thinned(validation, args.val_num_samples)
+    return _thinned(train, train_num_samples), _thinned(validation, val_num_samples)
 
 
 class EvenlySpaced(Dataset):
@@ -61,12 +79,25 @@ class EvenlySpaced(Dataset):
         return self.dataset[index * len(self.dataset) // self.num_samples]
 
 
-def open_split(args: argparse.Namespace, split: str, in_chans: int) -> Any:
-    """Open one split of the data that `dataset` and `data_dir` of the arguments name, as `open_datasets` does."""
+def open_split(dataset: str, data_dir: str | None, split: str, in_chans: int, download: bool = False) -> Any:
+    """Open one split of a data set.
+
+    Args:
+        dataset: 'digits', a type/name of timm's, as torch/cifar10, or '' for images in folders.
+        data_dir: Folder of the images, or of what is downloaded.
+        split: Name of the split, the folder in `data_dir` if the images are in folders.
+        in_chans: 1 for gray images, 3 for color.
+        download: Download a data set of torchvision.
+
+    Raises:
+        ValueError: If there is no such data, or none in it.
+    """
     image_mode = {1: 'L', 3: 'RGB'}.get(in_chans)
     if image_mode is None:
         raise ValueError(f'the model takes {in_chans} channels, but images have 1 or 3: set --in-chans')
-    return Digits(split, image_mode) if args.dataset == 'digits' else _open(args, split, image_mode)
+    if dataset == 'digits':
+        return Digits(split, image_mode)
+    return _open(dataset, data_dir, split, image_mode, download)
 
 
 def count_classes(dataset: Dataset) -> int | None:
@@ -86,30 +117,24 @@ def _thinned(dataset: Dataset, num_samples: int | None) -> Dataset:
     return dataset if num_samples is None else EvenlySpaced(dataset, num_samples)
 
 
-def _open(args: argparse.Namespace, split: str, image_mode: str) -> Dataset:
-    in_folders = not args.dataset
-    if args.dataset.startswith(STREAMED):
-        raise ValueError(f'--dataset {args.dataset} is streamed: a run on it could not be resumed exactly')
-    if args.dataset and '/' not in args.dataset:
-        raise ValueError(f"unknown --dataset {args.dataset!r}: 'digits', a type/name of timm's, or empty for folders")
-    if in_folders and not args.data_dir:
+def _open(dataset: str, data_dir: str | None, split: str, image_mode: str, download: bool) -> Dataset:
+    if dataset.startswith(STREAMED):
+        raise ValueError(f'--dataset {dataset} is streamed: a run on it could not be resumed exactly')
+    if dataset and '/' not in dataset:
+        raise ValueError(f"unknown --dataset {dataset!r}: 'digits', a type/name of timm's, or empty for folders")
+    folder = None if dataset else data_dir
+    if not dataset and not data_dir:
         raise ValueError('no data: give --data-dir DIR, or --dataset digits')
-    if in_folders and not os.path.isdir(args.data_dir):
-        raise ValueError(f'--data-dir {args.data_dir} is not a folder')
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f'--data-dir {folder} is not a folder')
     try:
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            download=args.dataset_download,
-            input_img_mode=image_mode,
-        )
+        opened = create_dataset(dataset, data_dir, split, download=download, input_img_mode=image_mode)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f'cannot open the {split!r} split of {args.dataset or args.data_dir}: {error}') from error
-    if in_folders and os.path.samefile(dataset.reader.root, args.data_dir):
-        folders = ', '.join(sorted(entry.name for entry in os.scandir(args.data_dir) if entry.is_dir()))
-        raise ValueError(f'no folder {split!r} in {args.data_dir}, which has: {folders or "none"}')
-    return dataset
+        raise ValueError(f'cannot open the {split!r} split of {dataset or data_dir}: {error}') from error
+    if folder and os.path.samefile(opened.reader.root, folder):
+        folders = ', '.join(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+        raise ValueError(f'no folder {split!r} in {folder}, which has: {folders or "none"}')
+    return opened
 
 
 def class_names(dataset: Any) -> list[str] | None:

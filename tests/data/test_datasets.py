@@ -1,50 +1,47 @@
 """Data sets are opened, or refused with the reason, before anything else happens."""
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from torch.utils.data import Dataset
 
-from timm_sape2.training.datasets import check_class_count, count_classes, open_datasets
+from timm_sape2.data.datasets import check_class_count, count_classes, open_train_and_validation
 
 
-def arguments(folder, **kwargs):
-    defaults = dict(dataset='', dataset_download=False, train_split='train', val_split='validation')
-    defaults |= dict(train_num_samples=None, val_num_samples=None)
-    return SimpleNamespace(data_dir=str(folder), **{**defaults, **kwargs})
+def open_datasets(folder, in_chans=3, dataset='', **kwargs):
+    return open_train_and_validation(in_chans, dataset=dataset, data_dir=str(folder), **kwargs)
 
 
 def test_folders(photos):
     """DIR/train/CLASS/IMAGE and DIR/validation/CLASS/IMAGE."""
-    train, validation = open_datasets(arguments(photos), in_chans=3)
+    train, validation = open_datasets(photos)
     assert (len(train), len(validation), count_classes(train)) == (40, 8, 2)
     image, target = validation[0]
     assert (image.size, image.mode, target) == ((32, 32), 'RGB', 0)
-    assert open_datasets(arguments(photos), in_chans=1)[0][0][0].mode == 'L'
+    assert open_datasets(photos, in_chans=1)[0][0][0].mode == 'L'
 
 
 def test_evenly_spaced_images_keep_the_shares_of_the_classes(photos):
-    train, validation = open_datasets(arguments(photos, train_num_samples=10, val_num_samples=2), in_chans=3)
+    train, validation = open_datasets(photos, train_num_samples=10, val_num_samples=2)
     assert [target for _, target in train] == [0] * 5 + [1] * 5
     assert (len(validation), count_classes(train)) == (2, 2)
 
 
 def test_evenly_spaced_images_are_transformed(photos):
-    train, _ = open_datasets(arguments(photos, train_num_samples=10), in_chans=3)
+    train, _ = open_datasets(photos, train_num_samples=10)
     train.transform = lambda image: image.size
     assert train[9] == (train.dataset[36][0], 1) and train.dataset.transform is train.transform
 
 
 def test_more_images_than_there_are(photos):
     with pytest.raises(ValueError, match='the data has 40 images, not 41'):
-        open_datasets(arguments(photos, train_num_samples=41), in_chans=3)
+        open_datasets(photos, train_num_samples=41)
 
 
 def test_split_goes_by_other_names_too(photos, tmp_path):
     shutil.copytree(photos, tmp_path / 'photos')
     (tmp_path / 'photos' / 'validation').rename(tmp_path / 'photos' / 'val')
-    assert len(open_datasets(arguments(tmp_path / 'photos'), in_chans=3)[1]) == 8
+    assert len(open_datasets(tmp_path / 'photos')[1]) == 8
 
 
 @pytest.mark.parametrize(
@@ -60,10 +57,8 @@ def test_split_goes_by_other_names_too(photos, tmp_path):
     ],
 )
 def test_what_is_missing_is_named(kwargs, message, photos):
-    args = arguments(photos)
-    vars(args).update(kwargs)
     with pytest.raises(ValueError, match=message):
-        open_datasets(args, in_chans=3)
+        open_train_and_validation(**{'channels': 3, 'dataset': '', 'data_dir': str(photos), **kwargs})
 
 
 def test_class_that_validation_lacks(photos, tmp_path):
@@ -71,16 +66,16 @@ def test_class_that_validation_lacks(photos, tmp_path):
     shutil.copytree(photos, tmp_path / 'photos')
     shutil.copytree(photos / 'train' / 'cat', tmp_path / 'photos' / 'train' / 'bird')
     with pytest.raises(ValueError, match='differ in their classes: bird'):
-        open_datasets(arguments(tmp_path / 'photos'), in_chans=3)
+        open_datasets(tmp_path / 'photos')
 
 
 def test_images_have_one_or_three_channels(photos):
     with pytest.raises(ValueError, match='the model takes 4 channels'):
-        open_datasets(arguments(photos), in_chans=4)
+        open_datasets(photos, in_chans=4)
 
 
 def test_class_count(photos):
-    train, _ = open_datasets(arguments(photos), in_chans=3)
+    train, _ = open_datasets(photos)
     check_class_count(train, 2)
     with pytest.raises(ValueError, match='the data has 2 classes, the model 10: set --num-classes 2'):
         check_class_count(train, 10)

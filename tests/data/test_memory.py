@@ -1,0 +1,134 @@
+"""Images in memory: augmented by the batch, and otherwise what timm's loader gives."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_loader
+from timm.data.random_erasing import RandomErasing
+
+from timm_sape2.data import memory
+from timm_sape2.data.datasets import EvenlySpaced
+from timm_sape2.data.digits import Digits
+from timm_sape2.data.memory import ImagesInMemory, check_memory, create_memory_loader, read_images, shift_images
+
+CPU = torch.device('cpu')
+PLAIN = dict(mean=(0.0,), std=(1.0,))
+
+
+def numbered(count=6, size=(5, 7)):
+    """Images whose pixels all have the number of the image, from 1."""
+    images = torch.arange(1, count + 1, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, *size).contiguous()
+    return images, torch.arange(count)
+
+
+def test_shift_by_hand():
+    image = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8).expand(3, 1, 2, 3)
+    shifted = shift_images(image, torch.tensor([1, 0, -1]), torch.tensor([0, -2, 1]))
+    assert shifted.squeeze(1).tolist() == [[[0, 0, 0], [1, 2, 3]], [[3, 0, 0], [6, 0, 0]], [[0, 4, 5], [0, 0, 0]]]
+    assert shifted.dtype == torch.uint8
+
+
+def test_shift_is_a_crop_of_the_padded_image():
+    images = torch.randint(0, 256, (40, 3, 9, 6), dtype=torch.uint8)
+    down, right = torch.randint(-4, 5, (40,)), torch.randint(-3, 4, (40,))
+    padded = torch.nn.functional.pad(images, (3, 3, 4, 4))
+    for image, shifted, i, j in zip(padded, shift_images(images, down, right), down, right, strict=True):
+        assert torch.equal(shifted, image[:, 4 - i : 13 - i, 3 - j : 9 - j])
+
+
+def test_every_shift_comes_up_and_no_larger_one():
+    images = torch.full((2000, 1, 8, 16), 255, dtype=torch.uint8)
+    batch, _ = ImagesInMemory(images, torch.zeros(2000), **PLAIN, shift=(1, 2)).__getitems__(list(range(2000)))
+    black_rows, black_columns = (batch == 0).all(3).sum(2).flatten(), (batch == 0).all(2).sum(2).flatten()
+    assert (batch.max(), black_rows.max(), black_columns.max()) == (1, 1, 2)
+    shares = torch.bincount(black_rows) / 2000, torch.bincount(black_columns) / 2000
+    torch.testing.assert_close(shares[0], torch.tensor([1 / 3, 2 / 3]), atol=0.05, rtol=0)
+    torch.testing.assert_close(shares[1], torch.tensor([0.2, 0.4, 0.4]), atol=0.05, rtol=0)
+
+
+def test_mirrored_at_the_given_rate():
+    images = torch.tensor([0, 255], dtype=torch.uint8).expand(1000, 1, 1, 2)
+    batch, _ = ImagesInMemory(images, torch.zeros(1000), **PLAIN, hflip=0.3).__getitems__(list(range(1000)))
+    assert batch[:, 0, 0, 0].mean() == pytest.approx(0.3, abs=0.05)
+    assert torch.equal(batch[..., 0], 1 - batch[..., 1])
+
+
+def test_erasing_comes_after_normalization():
+    images = torch.full((100, 1, 8, 8), 51, dtype=torch.uint8)
+    erasing = RandomErasing(1.0, mode='const', device='cpu')
+    batch, _ = ImagesInMemory(images, torch.zeros(100), (0.1,), (0.5,), erasing=erasing).__getitems__([*range(100)])
+    assert sorted({round(value, 5) for value in batch.flatten().tolist()}) == [0.0, 0.2]
+
+
+def test_images_and_classes_belong_together():
+    images, targets = numbered()
+    loader = create_memory_loader(ImagesInMemory(images, targets, **PLAIN), 2, is_training=True)
+    for batch, classes in loader:
+        assert torch.equal((255 * batch[:, 0, 2, 3]).round().long(), classes + 1)
+    image, target = ImagesInMemory(images, targets, **PLAIN)[4]
+    assert (image.shape, target) == ((1, 5, 7), 4)
+
+
+def test_training_shuffles_and_drops_what_fills_no_batch_and_validation_does_not():
+    data = ImagesInMemory(*numbered(50), **PLAIN)
+    training = [classes for _, classes in create_memory_loader(data, 8, is_training=True)]
+    assert [len(classes) for classes in training] == [8] * 6
+    assert len(set(torch.cat(training).tolist())) == 48 and torch.cat(training).tolist() != list(range(48))
+    validation = [classes for _, classes in create_memory_loader(data, 8)]
+    assert torch.cat(validation).tolist() == list(range(50))
+
+
+def test_an_epoch_that_is_seeded_alike_is_the_same():
+    def epoch(seed):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        erasing = RandomErasing(0.5, mode='pixel', device='cpu')
+        data = ImagesInMemory(*numbered(20), **PLAIN, shift=(2, 2), hflip=0.5, erasing=erasing)
+        return torch.cat([images.flatten() for images, _ in create_memory_loader(data, 4, is_training=True)])
+
+    assert torch.equal(epoch(3), epoch(3))
+    assert not torch.equal(epoch(3), epoch(4))
+
+
+def test_processes_share_the_images_out(process_group, monkeypatch):
+    data = ImagesInMemory(*numbered(9), **PLAIN)
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda group=None: 2)
+    training, validation = [], []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, 'get_rank', lambda group=None, rank=rank: rank)
+        training += [classes.tolist() for _, classes in create_memory_loader(data, 2, True, distributed=True)]
+        loader = create_memory_loader(data, 4, distributed=True)
+        validation += torch.cat([classes for _, classes in loader]).tolist()[: loader.sampler.num_valid_samples]
+    assert sorted(validation) == list(range(9))
+    assert len(training) == 4 and len({image for batch in training for image in batch}) == 8
+
+
+@pytest.mark.parametrize('size', [(8, 8), (6, 10)])
+@pytest.mark.parametrize('crop_pct', [1.0, 0.75])
+def test_validation_images_are_those_of_timms_loader(size, crop_pct):
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    data = EvenlySpaced(Digits('validation', 'RGB'), 30)
+    settings = dict(input_size=(3, *size), interpolation='bicubic', crop_pct=crop_pct, crop_mode='center')
+    images, targets = read_images(data, **settings)
+    ours = create_memory_loader(ImagesInMemory(images, targets, mean, std), 8)
+    theirs = create_loader(data, batch_size=8, use_prefetcher=False, num_workers=0, mean=mean, std=std, **settings)
+    for (our_images, our_targets), (their_images, their_targets) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our_images, their_images, atol=1e-6, rtol=0)
+        assert torch.equal(our_targets, their_targets)
+
+
+def test_images_read_by_processes_are_in_order():
+    settings = dict(input_size=(1, 8, 8), interpolation='bicubic', crop_pct=1.0, crop_mode=None)
+    images, targets = read_images(Digits('validation'), **settings, workers=2)
+    assert np.array_equal(images[:, 0].numpy(), Digits('validation').images)
+    assert targets.tolist() == Digits('validation').targets.tolist()
+
+
+def test_more_than_the_memory_holds(monkeypatch):
+    check_memory(1000, (3, 32, 32), CPU)
+    with pytest.raises(ValueError, match=r'1000000000 images of 224x192 need 120163.0 GiB .* use --loader workers'):
+        check_memory(10**9, (3, 224, 192), CPU)
+    monkeypatch.setattr(memory, 'free_memory', lambda device: None)
+    check_memory(10**9, (3, 224, 192), CPU)
