@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from timm_sape2.data.digits import Digits
 from timm_sape2.trained.accuracy import binomial_interval, evaluate, measure_accuracy
+from timm_sape2.trained.confusion import Confusion
 from timm_sape2.trained.opening import TrainedModel, fingerprint
-from timm_sape2.training.digits import Digits
 
 
 class Answers(nn.Module):
@@ -60,6 +61,15 @@ def test_by_hand(batch_size):
     )
 
 
+@pytest.mark.parametrize('batch_size', [2, 100])
+def test_what_the_images_are_taken_for(batch_size):
+    confusion = Confusion(['a', 'b', 'c'])
+    data, model = Images(TARGETS), TrainedModel(Answers(LOGITS))
+    measured = measure_accuracy(model, data, batch_size, workers=0, confusion=confusion)
+    assert confusion.counts.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    assert 100 * int(confusion.counts.trace()) / len(TARGETS) == measured['top1']
+
+
 class TestEvaluate:
     def loader(self, **kwargs):
         return torch.utils.data.DataLoader(list(zip(LOGITS, TARGETS, strict=True)), batch_size=2, **kwargs)
@@ -73,7 +83,11 @@ class TestEvaluate:
     def test_padding_of_a_distributed_sampler_does_not_count(self):
         loader = self.loader(sampler=torch.utils.data.SequentialSampler(TARGETS))
         loader.sampler.num_valid_samples = 3
-        assert evaluate(nn.Identity(), loader)['top1'] == 100, 'the first three are right'
+        seen = []
+        metrics = evaluate(nn.Identity(), loader, after_batch=lambda totals, *batch: seen.append(batch))
+        assert metrics['top1'] == 100, 'the first three are right'
+        assert [targets.tolist() for _, targets in seen] == [[0, 1], [2], []]
+        assert torch.equal(torch.cat([output for output, _ in seen]), LOGITS[:3])
 
     def test_it_stops_and_the_loader_with_it(self):
         seen, closed = [], []
@@ -87,7 +101,7 @@ class TestEvaluate:
         class Loader:
             __iter__ = staticmethod(batches)
 
-        def stop(totals):
+        def stop(totals, output, targets):
             seen.append(totals.num_samples)
             return True
 

@@ -44,7 +44,7 @@ def test_what_the_package_writes_is_accepted(config):
         ({'architecture': '../vit'}, "config.json: timm_sape2 has no architecture '../vit'"),
         ({'num_classes': '5'}, "config.json: 'num_classes' must be int, not '5'"),
         ({'num_classes': True}, "config.json: 'num_classes' must be int, not True"),
-        ({'num_classes': 6}, 'config.json: num_classes is 6, but model_args build a model with 5'),
+        ({'num_classes': 6}, 'config.json: num_classes is 6, but 5 in pretrained_cfg'),
         ({'num_features': 64}, 'config.json: num_features is 64, but model_args build a model with 32'),
         ({'global_pool': 'avg'}, "config.json: global_pool is 'avg', but model_args build a model with 'token'"),
         ({'label_names': ['a']}, 'config.json: label_names must be 5 lines of text, one for each class'),
@@ -143,6 +143,16 @@ def test_model_args_that_build_nothing(config, arguments, reason):
 def test_preprocessing(config, values, message):
     config['pretrained_cfg'].update(values)
     assert refusal(config) == f'config.json: {message}'
+
+
+@pytest.mark.parametrize('size', [[1, 64, 64], [3, 64], [3, 64.0, 64], [3, 64, -64], [3, 64, True], '3, 64, 64', 64])
+def test_sizes_that_are_none(config, size):
+    """A model that takes any size may be recommended another one than it was built with, but a size it must be."""
+    config['model_args']['dynamic_img_size'] = True
+    config['pretrained_cfg']['input_size'] = [3, 64, 64]
+    check_config(config)
+    config['pretrained_cfg']['input_size'] = size
+    assert refusal(config).startswith(f'config.json: input_size is {size!r}, but model_args build a model with ')
 
 
 @pytest.mark.parametrize('key', ['input_size', 'mean', 'std', 'crop_pct', 'interpolation'])

@@ -18,9 +18,11 @@ def test_names(position):
 
 def test_options_in_full_but_for_those_that_are_free():
     """Options that are not given have their defaults, so that `{}` and the defaults are the same."""
-    paper = {'axes': 'xy', 'gate_source': 'key', 'gating': 'semantic', 'num_positions': 10, 'target': 'k'}
+    paper = {'axes': 'xy', 'distance': 'euclidean', 'gate_source': 'key', 'gating': 'semantic', 'num_positions': 10}
+    paper['target'] = 'k'
     assert of('sape2') == of('sape2', sape2={'target': 'k', 'recompute': True}) == {'sape2': paper}
-    assert of('sape2+rope', rope={'temperature': 5.0}) == {'sape2': paper, 'rope': {'temperature': 5.0}}
+    rope = {'coordinates': 'patches', 'temperature': 5.0}
+    assert of('sape2+rope', rope={'temperature': 5.0}) == {'sape2': paper, 'rope': rope}
 
 
 @pytest.mark.parametrize(

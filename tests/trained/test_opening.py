@@ -221,7 +221,9 @@ class TestFolder:
         assert error(str(tmp_path), model_kwargs={'position': 'nope'}) == message
 
     def test_what_is_nothing(self):
-        assert error('nothing') == 'nothing is no checkpoint, no folder and no OWNER/NAME on the Hub'
+        here = 'no model whose weights come with timm_sape2; these do: vit_'
+        for name in ('nothing', 'vit_tiny_sape2', 'resnet50', 'vit_compact_sape2_patch4_32.untrained'):
+            assert error(name).startswith(f'{name} is no checkpoint, no folder, no OWNER/NAME on the Hub and {here}')
 
     def test_missing_folder_and_files(self, folder, tmp_path):
         assert error('local-dir:nowhere') == 'local-dir:nowhere: no such folder'

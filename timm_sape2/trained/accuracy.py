@@ -11,12 +11,13 @@ import timm
 import torch
 from timm.data import create_loader
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import version
-from ..training.datasets import class_names, count_classes
+from ..data.datasets import class_names, count_classes
+from .confusion import Confusion
 from .opening import TrainedModel, fingerprint
 
 _logger = logging.getLogger(__name__)
@@ -29,7 +30,9 @@ def evaluate(
     device: torch.device | str = 'cpu',
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     distributed: bool = False,
-    after_batch: Callable[[ClassificationEvaluator], object] = lambda totals: None,
+    after_batch: Callable[[ClassificationEvaluator, Tensor, Tensor], object] = lambda totals, output, targets: None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> dict[str, float] | None:
     """Return top-1 and top-5 accuracy in percent, and the mean cross-entropy, computed as timm does.
 
@@ -39,16 +42,20 @@ def evaluate(
         device: Where to compute.
         autocast: Context of the forward pass.
         distributed: Add up what all processes counted.
-        after_batch: Called after each batch with the running totals. If it returns a true value, evaluation stops and
-            the result is None.
+        after_batch: Called after each batch with the running totals, and with the logits and classes of those of its
+            images that count. If it returns a true value, evaluation stops and the result is None.
+        dtype: Type of the images, None for that of the loader.
+        memory_format: Their memory format.
     """
     totals = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
     with closing(batch for batch in loader) as batches:  # closing it ends the processes of the loader, come what may
         for images, targets in batches:
             with autocast():
-                output = model(images.to(device))
-            totals.update(output, targets.to(device))
-            if after_batch(totals):
+                output = model(images.to(device, dtype, memory_format=memory_format))
+            targets, before = targets.to(device), totals.num_samples
+            totals.update(output, targets)
+            counted = totals.num_samples - before
+            if after_batch(totals, output[:counted], targets[:counted]):
                 return None
     return totals.compute(distributed=distributed)
 
@@ -59,6 +66,7 @@ def measure_accuracy(
     batch_size: int = 256,
     workers: int = 4,
     device: str = 'cpu',
+    confusion: Confusion | None = None,
 ) -> dict[str, Any]:
     """Measure top-1 and top-5 accuracy in percent, and the mean cross-entropy.
 
@@ -68,6 +76,7 @@ def measure_accuracy(
         batch_size: Images in a batch.
         workers: Processes that load images.
         device: Where to compute.
+        confusion: Counts what the images are taken for.
 
     Returns:
         'top1', 'top5', 'loss', 'num_images', 'input_size', 'top1_interval' (95 %, see `binomial_interval`), and what
@@ -91,13 +100,16 @@ def measure_accuracy(
         crop_mode=data_config['crop_mode'],
         device=torch.device(device),
     )
-    with tqdm(total=len(dataset), desc='Validating', unit=' images', leave=False, dynamic_ncols=True) as bar:
+    bar = tqdm(total=len(dataset), desc='Validating', unit=' images', leave=False, dynamic_ncols=True, disable=None)
+    with bar:
 
-        def show(totals: ClassificationEvaluator) -> None:
+        def count(totals: ClassificationEvaluator, output: Tensor, targets: Tensor) -> None:
+            if confusion is not None:
+                confusion.add(output, targets)
             bar.set_postfix_str(f'top-1 {totals.summary()["top1"]:.2f} %', refresh=False)
             bar.update(totals.num_samples - bar.n)
 
-        measured = evaluate(model, loader, device, after_batch=show)
+        measured = evaluate(model, loader, device, after_batch=count)
     assert measured is not None
     return {
         'top1': round(measured['top1'], 4),

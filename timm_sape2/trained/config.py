@@ -19,6 +19,7 @@ from timm.models import (
 )
 
 PLUGIN = 'timm_sape2'
+MODULE = 'vision_transformer_sape2'  # by which timm's registry knows the models of this package
 REQUIRED = {'architecture': str, 'num_classes': int, 'num_features': int, 'model_args': dict, 'pretrained_cfg': dict}
 OPTIONAL = {'global_pool': str, 'label_names': list, 'label_descriptions': dict, 'plugin': str}
 WEIGHT_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
@@ -38,7 +39,7 @@ _logger = logging.getLogger(__name__)
 
 def is_ours(architecture: str) -> bool:
     """Return whether this package registers an architecture."""
-    return is_model(architecture) and is_model_in_modules(architecture, ['vision_transformer_sape2'])
+    return is_model(architecture) and is_model_in_modules(architecture, [MODULE])
 
 
 def load_config(path: Path, source: str) -> dict[str, Any]:
@@ -77,6 +78,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json gives the model: its model_args and, beside them, the number of classes.
+
+    `write_config` leaves that out of model_args, as transformers wants it; timm and older files repeat it.
+    """
+    return {'num_classes': config['num_classes'], **config['model_args']}
+
+
 def check_config(config: dict[str, Any]) -> None:
     """Refuse a config.json of a model of this package that says more, or other things, than how to build the model.
 
@@ -96,6 +105,9 @@ def check_config(config: dict[str, Any]) -> None:
     if not is_ours(config['architecture']):
         raise ValueError(f'config.json: {PLUGIN} has no architecture {config["architecture"]!r}')
     _check_pretrained_cfg(config['pretrained_cfg'])
+    of_weights = config['pretrained_cfg'].get('num_classes', config['num_classes'])
+    if of_weights != config['num_classes']:
+        raise ValueError(f'config.json: num_classes is {config["num_classes"]}, but {of_weights} in pretrained_cfg')
     _check_model_args(config['model_args'])
     _check_labels(config)
     _check_built_model(config)
@@ -146,6 +158,10 @@ def _is_numbers(values: Any) -> bool:
     )
 
 
+def _is_input_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(side) is int and side > 0 for side in value)
+
+
 def _check_labels(config: dict[str, Any]) -> None:
     names = config.get('label_names')
     if names is None:
@@ -157,12 +173,15 @@ def _check_labels(config: dict[str, Any]) -> None:
 
 def _check_built_model(config: dict[str, Any]) -> None:
     try:
-        model: Any = timm.create_model(config['architecture'], device='meta', **config['model_args'])
+        model: Any = timm.create_model(config['architecture'], device='meta', **model_arguments(config))
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f'config.json: model_args do not build {config["architecture"]}: {error}') from error
     built = {key: getattr(model, key) for key in ('num_classes', 'num_features', 'global_pool')}
-    built['input_size'] = list(get_model_input_config(model)['input_size'])
     said = dict(config, input_size=config['pretrained_cfg'].get('input_size'))
+    takes = get_model_input_config(model)
+    built['input_size'] = list(takes['input_size'])
+    if not takes['fixed_input_size'] and _is_input_size(said['input_size']):
+        built['input_size'][1:] = said['input_size'][1:]  # timm recommends a size, the model takes any
     for key, value in built.items():
         if said.get(key, value) != value:
             raise ValueError(f'config.json: {key} is {said[key]!r}, but model_args build a model with {value!r}')

@@ -1,11 +1,11 @@
-"""The one way to open a model that was trained: a checkpoint, the folder of a run, one with config.json, or the Hub."""
+"""The one way to open a model that was trained: a checkpoint, a folder, the Hub, or a name whose weights are here."""
 
 import dataclasses
-import difflib
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from timm.data import resolve_input_data_config
-from timm.models import get_model_input_config, is_model, list_models, parse_model_name
+from timm.models import get_model_input_config, get_pretrained_cfg, is_model, list_models, parse_model_name
 
+from .._names import close_names
 from ..models.convert import checkpoint_filter_fn
 from ..models.vit import PositionVisionTransformer
 from .checkpoint import Checkpoint, read_checkpoint
-from .config import is_ours, load_config
+from .config import MODULE, PLUGIN, is_ours, load_config
 from .encodings import check_encodings, encodings_by_name, encodings_of
 from .errors import explained
 
@@ -75,8 +76,8 @@ def open_model(
 
     Args:
         source: A checkpoint file, the folder of a run of train.py (its last weights), a folder with config.json and
-            weights, or 'OWNER/NAME' on the Hub, with '@REVISION' after it or not; 'local-dir:' or 'hf-hub:' before it
-            decides what it is.
+            weights, 'OWNER/NAME' on the Hub, with '@REVISION' after it or not, or the name of a model whose weights
+            come with this package; 'local-dir:' or 'hf-hub:' before it decides what it is.
         model_name: The model, for a checkpoint that names none or is to be converted.
         model_kwargs: More of its arguments.
         img_size: Height and width to use it at, by default those it was trained at.
@@ -128,6 +129,37 @@ def open_model(
     return TrainedModel(model, EMA if is_ema else RAW, training if path else {}, folder, path.parent if path else None)
 
 
+def as_trained(model: Any) -> TrainedModel:
+    """Return a model of timm as it is, or open the one that a checkpoint, folder or repository is.
+
+    Args:
+        model: A `TrainedModel`, a model of timm, or what `open_model` takes.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If it is no model of timm, or does not open.
+    """
+    if isinstance(model, TrainedModel):
+        return model
+    if isinstance(model, (str, Path)):
+        return open_model(str(model))
+    if not hasattr(model, 'pretrained_cfg'):
+        raise ValueError(f'a model of timm, a checkpoint, a folder or OWNER/NAME is needed, not {type(model).__name__}')
+    return TrainedModel(model)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Keep a model in evaluation mode, and put back the mode of every module of it in the end."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def checkpoint_file(source: str) -> Path | None:
     """Return the file that a source is or, as the folder of a run, means; None for other sources."""
     if Path(source, LAST).is_file():
@@ -135,6 +167,12 @@ def checkpoint_file(source: str) -> Path | None:
     if Path(source).is_file() or (FILE.fullmatch(source) and ':' not in source):
         return Path(source)
     return None
+
+
+def shipped_folder(name: str) -> Path | None:
+    """Return the folder of the weights that come with this package for the name of a model, None if there are none."""
+    cfg = get_pretrained_cfg(name) if is_ours(name.partition('.')[0]) else None
+    return Path(cfg.file).parent if cfg is not None and cfg.file else None
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -150,8 +188,7 @@ def check_model_name(name: str, what: str = 'model') -> None:
     """Raise a ValueError that lists close names if no such model is registered; `what` is what to call it."""
     architecture = name.partition('.')[0]
     if not is_model(architecture):
-        close = difflib.get_close_matches(architecture, list_models(), n=3, cutoff=0.5)
-        raise ValueError(f'unknown {what} {name}' + (f'; close names: {", ".join(close)}' if close else ''))
+        raise ValueError(f'unknown {what} {name}{close_names(architecture, list_models())}')
 
 
 def _create_as_trained(
@@ -207,9 +244,16 @@ def _with_prefix(source: str) -> str:
         return f'local-dir:{source}'
     if REPOSITORY.fullmatch(source.partition('@')[0]):
         return f'hf-hub:{source}'
-    if ':' not in source:
-        raise ValueError(f'{source} is no checkpoint, no folder and no OWNER/NAME on the Hub')
-    return source
+    if ':' in source:
+        return source
+    folder = shipped_folder(source)
+    if folder is None:
+        names = ', '.join(list_models(module=MODULE, pretrained=True))
+        raise ValueError(
+            f'{source} is no checkpoint, no folder, no OWNER/NAME on the Hub and no model whose weights come with '
+            f'{PLUGIN}; these do: {names}'
+        )
+    return f'local-dir:{folder}'
 
 
 def _read_config(source: str) -> dict[str, Any]:
