@@ -3,20 +3,24 @@
 import argparse
 import csv
 import json
+import logging
 import os
 import re
+import select
+import struct
 import subprocess
 import sys
 import threading
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from timm_sape2._figure import new_figure
 from timm_sape2.studies import Study, runner
-from timm_sape2.studies.report import new_figure
 from timm_sape2.studies.runner import run_study, unit_names
+from timm_sape2.training.console import EpochProgress, set_up_logging
+from timm_sape2.training.resume import ResumePoint
 
 from .conftest import TRAINING
 
@@ -42,7 +46,8 @@ class Squares(Study):
     def report(self, rows):
         return f'{len(rows)} squares'
 
-    def plots(self, rows):
+    @staticmethod
+    def plots(rows, configuration):
         return {'curve': new_figure(2, 1)}
 
 
@@ -127,41 +132,80 @@ def test_folder_of_another_study_is_refused(tmp_path):
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Function that makes this look like one of two processes, which agreed to do some units."""
-
-    def become(rank, *agreed):
-        monkeypatch.setattr(runner, 'world_info_from_env', lambda: (rank, rank, 2))
-        monkeypatch.setattr(runner, 'of_first_process', lambda names: list(agreed))
-
-    return become
+    """Function that makes this look like one of two processes of torchrun."""
+    return lambda rank: monkeypatch.setattr(runner, 'world_info_from_env', lambda: (rank, rank, 2))
 
 
-def test_processes_share_the_units_and_the_first_one_waits_and_reports(tmp_path, as_rank):
-    first, second = Squares(), Squares()
-    as_rank(0, '1_7', '2_7', '3_7')
-    waiting = threading.Thread(target=run_study, args=(first, tmp_path, []))
-    waiting.start()
-    waiting.join(timeout=2)
-    assert waiting.is_alive() and first.done == [1, 3]
-    as_rank(1, '1_7', '2_7', '3_7')
-    run_study(second, tmp_path, [])
-    assert second.done == [2]
-    waiting.join(timeout=30)
-    assert not waiting.is_alive()
+def in_background(study, folder):
+    """Begin a study in a thread."""
+    thread = threading.Thread(target=run_study, args=(study, folder, []), daemon=True)
+    thread.start()
+    return thread
+
+
+class Waiting(Squares):
+    """The units of some numbers take until `go_on` is set."""
+
+    def __init__(self, slow, *arguments, **configuration):
+        super().__init__(*arguments, **configuration)
+        self.slow, self.go_on, self.begun = slow, threading.Event(), threading.Event()
+
+    def run(self, unit, folder):
+        if unit['number'] in self.slow:
+            self.begun.set()
+            assert self.go_on.wait(30)
+        return super().run(unit, folder)
+
+
+def test_two_at_work_on_one_folder_share_the_units_and_both_end_when_all_are_done(tmp_path):
+    first, second = Waiting([1]), Squares()
+    one = in_background(first, tmp_path)
+    assert first.begun.wait(30)
+    two = in_background(second, tmp_path)
+    two.join(timeout=2)
+    assert two.is_alive() and second.done == [2, 3]
+    first.go_on.set()
+    for thread in (one, two):
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert first.done == [1]
     assert [row['number'] for row in table(tmp_path)] == ['1', '1', '2', '2', '3', '3']
 
 
-def test_what_the_first_process_found_pending_is_shared(tmp_path, as_rank, monkeypatch):
-    run_study(Squares([1, 3]), tmp_path, [])
-    found = []
-    as_rank(1)
-    monkeypatch.setattr(runner, 'of_first_process', lambda names: found.extend(names) or names)
-    second = Squares([1, 2, 3, 4])
-    run_study(second, tmp_path, [])
-    assert (found, second.done) == (['2_7', '4_7'], [4])
+def test_the_unit_of_a_process_that_was_killed_is_taken_over(tmp_path):
+    """The other process holds the claim of unit 1 until it is killed."""
+    (tmp_path / 'units').mkdir()
+    hold = (
+        'import sys, time; from pathlib import Path; from timm_sape2.studies.runner import claim\n'
+        "with claim(Path(sys.argv[1]), '1_7', False) as is_mine: print(is_mine, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, '-c', hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == 'True\n'
+        study = Squares()
+        thread = in_background(study, tmp_path)
+        thread.join(timeout=2)
+        assert thread.is_alive() and study.done == [2, 3]
+        process.kill()
+        thread.join(timeout=30)
+    assert study.done == [2, 3, 1]
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason='no gloo')
+def test_measurements_of_time_are_never_beside_each_other(tmp_path):
+    class Timed(Waiting):
+        one_process = True
+
+    first, second = Timed([1]), Timed([])
+    one = in_background(first, tmp_path)
+    assert first.begun.wait(30)
+    two = in_background(second, tmp_path)
+    two.join(timeout=1)
+    assert second.done == []
+    first.go_on.set()
+    one.join(timeout=30)
+    two.join(timeout=30)
+    assert sorted(first.done + second.done) == [1, 2, 3]
+
+
 def test_folder_of_a_run_of_train(tmp_path):
     """Its run.json is of another kind: the folder is refused, and stays as it is."""
     (tmp_path / 'run.json').write_text('{"starts": [], "epochs": []}')
@@ -184,18 +228,93 @@ def test_under_torchrun(tmp_path):
     assert [row['encoding'] for row in table(tmp_path / 'compare')] == ['nope'] * 2 + ['learned'] * 2
 
 
-def test_measurements_of_time_are_left_to_the_first_process(tmp_path, as_rank):
+def test_measurements_of_time_are_left_to_the_first_process_of_torchrun(tmp_path, as_rank):
     class Timed(Squares):
         one_process = True
 
-    as_rank(1, '1_7', '2_7', '3_7')
+    as_rank(1)
     second = Timed()
     run_study(second, tmp_path, [])
     assert second.done == []
-    as_rank(0, '1_7', '2_7', '3_7')
+    as_rank(0)
     first = Timed()
     run_study(first, tmp_path, [])
     assert first.done == [1, 2, 3]
+
+
+class Training(Squares):
+    """Units that show what a run of train.py does: a bar of its own, and a line for each epoch."""
+
+    def run(self, unit, folder):
+        for epoch in range(2):
+            with EpochProgress(
+                ResumePoint(epoch), num_epochs=2, num_batches=1, num_images=8, rate=0.1, log_interval=1
+            ) as bar:
+                bar.update(ResumePoint(epoch, 1))
+            logging.getLogger('timm_sape2.training.loop').info(f'Epoch {epoch} of unit {unit["number"]}')
+        return super().run(unit, folder)
+
+
+@pytest.fixture
+def log_to(monkeypatch):
+    """Function that lets this process tell what it does to a stream, as its standard error."""
+
+    def log(stream):
+        monkeypatch.setattr(sys, 'stderr', stream)
+        monkeypatch.setattr(logging.root, 'handlers', [])
+        set_up_logging()
+
+    return log
+
+
+def screen(text):
+    """Return the lines that a terminal shows: '\\r' goes to the start of the line, ESC [A a line up."""
+    lines, row, column = [''], 0, 0
+    for token in re.findall(r'\x1b\[A|.', text, re.DOTALL):
+        if token == '\r':
+            column = 0
+        elif token == '\n':
+            row, column = row + 1, 0
+            lines += [''] * (row + 1 - len(lines))
+        elif token == '\x1b[A':
+            row -= 1
+        else:
+            lines[row] = lines[row].ljust(column)[:column] + token + lines[row][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+EPOCHS = [f'Epoch {epoch} of unit {number}' for number in (1, 2) for epoch in (0, 1)]
+
+
+def test_on_a_terminal_a_bar_stays_below_what_is_logged(tmp_path, log_to):
+    pty, fcntl, termios = map(pytest.importorskip, ('pty', 'fcntl', 'termios'))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 24, 100, 0, 0))
+    with open(ours, 'rb', buffering=0) as reader, open(theirs, 'w') as terminal:
+        log_to(terminal)
+        run_study(Training([1, 2]), tmp_path, [])
+        terminal.flush()
+        written = b''
+        while select.select([reader], [], [], 0.5)[0]:
+            written += os.read(reader.fileno(), 2**12)
+        *lines, bar, end = screen(written.decode())
+    assert lines == EPOCHS
+    assert bar.startswith('squares: 100%|') and '2/2' in bar
+    assert end == f'The results are in {tmp_path / "results.md"}'
+
+
+def test_a_file_of_the_log_has_whole_lines_and_no_bar(tmp_path, log_to):
+    with open(tmp_path / 'log', 'w') as file:
+        log_to(file)
+        run_study(Training([1, 2]), tmp_path, [])
+    text = (tmp_path / 'log').read_text()
+    assert '\r' not in text and '\x1b' not in text
+    lines = text.splitlines()
+    assert lines[0] == 'squares: 0 of 2 units are done, 1_7 begins'
+    assert [line for line in lines if ' of unit ' in line] == EPOCHS
+    assert lines[-2:] == ['squares: 2 of 2 units are done', f'The results are in {tmp_path / "results.md"}']
+    assert all(re.match(r'squares: \d of 2 units|Epoch \d|The results', line) for line in lines)
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
-"""Studies that compare position encodings. A new one is a file beside these and a line in `STUDIES`."""
+"""Studies that compare position encodings. A new one is a file in one of the rooms and a name in `STUDIES`."""
 
-from .ablation import Ablation
-from .compare import Compare
-from .equivariance import Equivariance
-from .overhead import Overhead
-from .resolution import Resolution
+from .accuracy.ablation import Ablation
+from .accuracy.compare import Compare
+from .cost.attention import AttentionCost
+from .cost.overhead import Overhead
 from .study import Study as Study
+from .transfer.equivariance import Equivariance
+from .transfer.resolution import Resolution
 
 STUDIES: dict[str, type[Study]] = {
-    study.name: study for study in (Compare, Equivariance, Resolution, Ablation, Overhead)
+    study.name: study for study in (Compare, Equivariance, Resolution, Ablation, Overhead, AttentionCost)
 }

@@ -1,4 +1,4 @@
-"""Running a study: its folder, its units shared by the processes of torchrun, and going on where it was stopped."""
+"""Running a study: its folder, its units shared by processes, and going on where it was stopped."""
 
 import csv
 import json
@@ -6,18 +6,25 @@ import logging
 import os
 import re
 import shlex
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from timm.utils import world_info_from_env
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .. import provenance
-from ..training.run_folder import atomic_write, check_writable, write_json
+from .._files import atomic_write, check_writable, write_json
 from .study import Row, Study, Unit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WORTH_A_REPORT = 60  # seconds of a unit after which the results so far are written, to be looked at
 
@@ -27,7 +34,8 @@ _logger = logging.getLogger(__name__)
 def run_study(study: Study, folder: Path, command: Sequence[str]) -> None:
     """Do the units of a study that are not done yet, and write the table, the report, the plots and run.json.
 
-    Under torchrun every process takes its share of the units and works alone; the first one writes the report.
+    Any number of processes, of torchrun or started one by one, may work on the same folder: each claims a unit that is
+    free, and computes alone. They end when all units are done; where a process died, another takes over its unit.
 
     Args:
         study: The study.
@@ -40,75 +48,131 @@ def run_study(study: Study, folder: Path, command: Sequence[str]) -> None:
     """
     check_matplotlib()
     check_writable(folder)
-    names = unit_names(study.units)
+    units = dict(zip(unit_names(study.units), study.units, strict=True))
     check_configuration(study, folder)
+    rank = leave_torchrun()
+    if study.one_process and rank > 0:
+        return
+    (folder / 'units').mkdir(parents=True, exist_ok=True)
+    with results_lock(folder):
+        if not (folder / 'run.json').exists():
+            write_json(folder / 'run.json', {'configuration': configuration_of(study)})
     maker = {
         'command': shlex.join(command),
         'commit': provenance.commit(),
         'versions': provenance.versions(),
     }
-    pending = [name for name in names if not unit_file(folder, name).exists()]
-    rank, mine = my_share(pending, study.one_process)
-    (folder / 'units').mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        write_json(folder / 'run.json', {'configuration': configuration_of(study)})
-    bar = tqdm(mine, desc=study.name, unit='unit', disable=rank > 0, dynamic_ncols=True)
     try:
-        for name in bar:
-            bar.set_postfix_str(name)
-            unit = study.units[names.index(name)]
-            started, start = provenance.now(), time.perf_counter()
-            rows = study.run(unit, folder)
-            seconds = time.perf_counter() - start
-            done = {
-                'unit': unit,
-                'rows': rows,
-                'started': started,
-                'finished': provenance.now(),
-                'seconds': round(seconds, 1),
-            }
-            made_by = {**maker, 'hardware': provenance.hardware()}
-            write_json(unit_file(folder, name), {**done, 'made_by': made_by})
-            if rank == 0 and seconds > WORTH_A_REPORT:
-                write_results(study, folder)
-        while rank == 0 and not all(unit_file(folder, name).exists() for name in names):
-            time.sleep(0.5)
+        with UnitProgress(study.name, folder, list(units), shown=rank == 0) as progress:
+            while pending := [name for name in units if not unit_file(folder, name).exists()]:
+                for name in pending:
+                    with claim(folder, name, study.one_process) as is_mine:
+                        if is_mine:
+                            progress.show(name)
+                            do_unit(study, units[name], unit_file(folder, name), maker)
+                            progress.show()
+                            break
+                else:
+                    time.sleep(0.5)
     finally:
-        if rank == 0:
-            write_results(study, folder)
+        write_results(study, folder)
     if rank == 0:
         _logger.info(f'The results are in {folder / "results.md"}')
 
 
-def my_share(pending: list[str], one_process: bool) -> tuple[int, list[str]]:
-    """Share units among the processes of torchrun; from here on, each computes alone, on a GPU of its own.
+def do_unit(study: Study, unit: Unit, file: Path, maker: dict[str, Any]) -> None:
+    """Do a unit and write its file, and the results so far if it took long."""
+    started, start = provenance.now(), time.perf_counter()
+    rows = study.run(unit, file.parents[1])
+    seconds = time.perf_counter() - start
+    done = {'unit': unit, 'rows': rows, 'started': started, 'finished': provenance.now(), 'seconds': round(seconds, 1)}
+    write_json(file, {**done, 'made_by': {**maker, 'hardware': provenance.hardware()}})
+    if seconds > WORTH_A_REPORT:
+        write_results(study, file.parents[1])
+
+
+@contextmanager
+def claim(folder: Path, name: str, one_process: bool) -> Iterator[bool]:
+    """Hold a unit, and yield whether this process is the one to do it: no other one holds it or has finished it.
+
+    The lock is one of the system's, which ends with the process that holds it, however that ends.
 
     Args:
-        pending: The units to be done; those that the first process sees count.
-        one_process: Leave all of them to the first process.
-
-    Returns:
-        Rank of this process, and its units.
+        folder: The folder of the study.
+        name: The unit.
+        one_process: No two units may be done at the same time: all have the same lock.
     """
+    lock = FileLock(folder / 'units' / f'.{"all" if one_process else name}.lock', blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield not unit_file(folder, name).exists()
+    finally:
+        lock.release()
+
+
+def results_lock(folder: Path) -> FileLock:
+    """Return the lock of what all processes of a study write."""
+    return FileLock(folder / 'units' / '.results.lock')
+
+
+def leave_torchrun() -> int:
+    """Return the rank that torchrun gave this process; from here on, it computes alone, on a GPU of its own."""
     local_rank, rank, world_size = world_info_from_env()
-    if world_size > 1:
-        pending = of_first_process(pending)
     for name in ('LOCAL_RANK', 'RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'SLURM_NTASKS'):
         os.environ.pop(name, None)
     if world_size > 1 and torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    if one_process:
-        return rank, pending if rank == 0 else []
-    return rank, pending[rank::world_size]
+    return rank
 
 
-def of_first_process(names: list[str]) -> list[str]:
-    """Return the list of the first process, in every process."""
-    torch.distributed.init_process_group('gloo')
-    lists = [names]
-    torch.distributed.broadcast_object_list(lists)
-    torch.distributed.destroy_process_group()
-    return lists[0]
+class UnitProgress:
+    """Shows how many units are done: a bar on a terminal, below what is logged, and lines elsewhere.
+
+    Args:
+        study: Name of the study.
+        folder: Its folder.
+        units: Names of all units.
+        shown: Show anything at all.
+    """
+
+    def __init__(self, study: str, folder: Path, units: Sequence[str], shown: bool = True):
+        self.study = study
+        self.files = [unit_file(folder, name) for name in units]
+        self.in_lines = shown and not sys.stderr.isatty()
+        self.bar = tqdm(
+            desc=study,
+            total=len(units),
+            initial=self.count(),
+            unit='unit',
+            dynamic_ncols=True,
+            disable=self.in_lines or not shown,
+        )
+        self.logging = nullcontext() if self.bar.disable else logging_redirect_tqdm()
+
+    def __enter__(self) -> 'UnitProgress':
+        self.logging.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.close()
+        self.logging.__exit__(*exception)
+
+    def count(self) -> int:
+        """Return how many units are done, by any process."""
+        return sum(file.exists() for file in self.files)
+
+    def show(self, name: str = '') -> None:
+        """Show that a unit begins, or that one ended."""
+        self.bar.set_postfix_str(name, refresh=False)
+        self.bar.update(self.count() - self.bar.n)
+        self.bar.refresh()
+        if self.in_lines:
+            begins = f', {name} begins' if name else ''
+            _logger.info(f'{self.study}: {self.count()} of {len(self.files)} units are done{begins}')
 
 
 def check_matplotlib() -> None:
@@ -160,6 +224,11 @@ def write_results(study: Study, folder: Path) -> None:
 
     Units of an earlier command of the same configuration, such as other seeds, are among them.
     """
+    with results_lock(folder):
+        _write_results(study, folder)
+
+
+def _write_results(study: Study, folder: Path) -> None:
     names = unit_names(study.units)
     files = [unit_file(folder, name) for name in names if unit_file(folder, name).exists()]
     files += sorted(set((folder / 'units').glob('*.json')) - set(files))
@@ -172,10 +241,7 @@ def write_results(study: Study, folder: Path) -> None:
         writer = csv.DictWriter(table, columns)
         writer.writeheader()
         writer.writerows(rows)
-    plots = study.plots(rows)
-    for name, figure in plots.items():
-        with atomic_write(folder / f'{name}.png') as path:
-            figure.savefig(path, dpi=120)
+    plots = draw_plots(type(study), folder, rows, study.configuration)
     units.sort(key=lambda unit: unit['started'])
     record = {
         'configuration': configuration_of(study),
@@ -189,6 +255,17 @@ def write_results(study: Study, folder: Path) -> None:
     pictures = ''.join(f'\n![{name}]({name}.png)\n' for name in plots)
     with atomic_write(folder / 'results.md') as path:
         path.write_text(f'# {study.name}\n\n{study.report(rows)}\n{pictures}\n{origin(record)}')
+
+
+def draw_plots(
+    study: type[Study], folder: Path, rows: list[Row], configuration: Mapping[str, Any]
+) -> 'dict[str, Figure]':
+    """Draw the plots of a study into its folder, and return them by name."""
+    plots = study.plots(rows, configuration)
+    for name, figure in plots.items():
+        with atomic_write(folder / f'{name}.png') as path:
+            figure.savefig(path, dpi=120)
+    return plots
 
 
 def made_by_of(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -64,6 +64,7 @@ class Study(ABC):
     def report(self, rows: list[Row]) -> str:
         """Return the results as Markdown, from the rows of all units that are finished."""
 
+    @staticmethod
     @abstractmethod
-    def plots(self, rows: list[Row]) -> 'dict[str, Figure]':
-        """Return figures by name."""
+    def plots(rows: list[Row], configuration: Mapping[str, Any]) -> 'dict[str, Figure]':
+        """Return figures by name, from the rows and the configuration that the files of a study have."""

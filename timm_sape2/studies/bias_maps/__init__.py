@@ -1,0 +1,1 @@
+"""The position biases of a model, computed and drawn."""

@@ -1,0 +1,1 @@
+"""Time, memory, parameters and FLOPs, of models and of attention alone."""

@@ -1,0 +1,1 @@
+"""Trained models on what they were not trained on: shifted images and other sizes."""
