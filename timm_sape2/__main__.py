@@ -1,5 +1,7 @@
 """The command `timm-sape2`, which is also `python -m timm_sape2`."""
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -7,6 +9,7 @@ import timm
 import torch
 
 from . import __version__
+from ._arguments import unrecognized
 from .commands import COMMANDS
 from .commands.parser import Parser
 
@@ -18,15 +21,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         argv: Arguments after the program's name, by default those of this process.
 
     Returns:
-        The exit code, None for 0. After an error of the user it exits with code 2 by itself.
+        The exit code, None for 0; 141 if whoever reads the output stopped. After an error of the user it exits with
+        code 2 by itself.
     """
     parser = build_parser()
     arguments, flags = parser.parse_known_args(argv)
     if flags and not arguments.takes_flags:
-        parser.error(f'unrecognized arguments: {" ".join(flags)}')
+        parser.error(unrecognized(flags, arguments.options))
     arguments.flags = flags
     try:
-        return arguments.command(arguments)
+        code = arguments.command(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as `| head` does when it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written at exit either
+        return 128 + signal.SIGPIPE
     except arguments.user_errors as error:
         parser.error(str(error))
 
@@ -45,6 +54,7 @@ def build_parser() -> Parser:
         epilog="""\
 examples:
   timm-sape2 list                           the models
+  timm-sape2 train                          train one, on digits without data
   timm-sape2 run train.py --model NAME ...  a script of timm, with these models
   timm-sape2 COMMAND --help                 all about one command""",
     )

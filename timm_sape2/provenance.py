@@ -23,9 +23,16 @@ def command() -> list[str]:
     """Return the command line of this process, to be repeated, with torchrun before it if that started it."""
     processes = os.environ.get('LOCAL_WORLD_SIZE')
     launcher = ['torchrun', f'--nproc_per_node={processes}'] if processes else []
-    if Path(sys.argv[0]).name == 'train.py':
+    if _is_train_py():
         return [*(launcher or ['python']), 'train.py', *sys.argv[1:]]
     return [*launcher, *(['-m', 'timm_sape2'] if launcher else ['timm-sape2']), *sys.argv[1:]]
+
+
+def training_command(processes: int = 1) -> str:
+    """Return how to train from where this process was started: by train.py of a checkout, or by the command."""
+    if processes == 1:
+        return 'python train.py' if _is_train_py() else 'timm-sape2 train'
+    return f'torchrun --nproc-per-node {processes} {"train.py" if _is_train_py() else "-m timm_sape2 train"}'
 
 
 def versions() -> dict[str, str]:
@@ -65,6 +72,10 @@ def hardware() -> dict[str, Any]:
         described['gpu_memory_gib'] = round(properties.total_memory / 2**30, 1)
         described['cuda'] = torch.version.cuda
     return described
+
+
+def _is_train_py() -> bool:
+    return Path(sys.argv[0]).name == 'train.py'
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -17,9 +17,14 @@ def test_the_last_lines_of_the_list(capsys):
 
 def test_on_a_cpu():
     assert explain_choice('cpu', torch.float32) == ('cpu', 'not triton: not a CUDA tensor')
-    assert explain_choice('cpu', torch.bfloat16) == (
+    assert explain_choice('cpu', torch.bfloat16) == ('cpu', 'not triton: not a CUDA tensor')
+
+
+def test_on_a_cpu_without_a_compiler(monkeypatch):
+    monkeypatch.setattr('timm_sape2.ops.sape2.cpu_library.why_not_compiled', lambda double: 'no C compiler')
+    assert explain_choice('cpu', torch.float32) == (
         'reference',
-        'not triton: not a CUDA tensor; not cpu: not in float32 or float64; not recompute: not asked for',
+        'not triton: not a CUDA tensor; not cpu: no C compiler; not recompute: not asked for',
     )
 
 

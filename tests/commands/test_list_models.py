@@ -42,6 +42,14 @@ def test_position_is_what_the_model_was_built_with(capsys, pattern, position):
     assert row.split()[1] == position
 
 
+def test_those_that_have_weights(capsys):
+    """By the names that load them."""
+    main(['list', '--pretrained', '*compact_sape2*'])
+    names = [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]]
+    assert 'vit_compact_sape2_patch4_32.cifar10' in names
+    assert all(timm.create_model(name, pretrained=True).pretrained_cfg['tag'] == name.split('.')[1] for name in names)
+
+
 def test_parameters_are_those_of_the_real_model(capsys):
     main(['list', 'vit_compact_sape2_patch4_32'])
     model = timm.create_model('vit_compact_sape2_patch4_32')
@@ -72,6 +80,8 @@ def test_no_match(refusal):
     assert refusal('list', 'resnet*') == "no model matches 'resnet*'; 'timm-sape2 list' shows them all"
 
 
-@pytest.mark.parametrize('argv', [['--encodings', 'vit_*'], ['--encodings', '--gmacs']])
+@pytest.mark.parametrize(
+    'argv', [['--encodings', 'vit_*'], ['--encodings', '--gmacs'], ['--encodings', '--pretrained']]
+)
 def test_encodings_go_alone(refusal, argv):
-    assert refusal('list', *argv) == '--encodings goes alone, without names of models and without --gmacs'
+    assert refusal('list', *argv) == '--encodings goes alone, without names of models, --gmacs and --pretrained'

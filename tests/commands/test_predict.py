@@ -1,6 +1,8 @@
 """The command `timm-sape2 predict`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -58,6 +60,41 @@ def test_contact_sheet(folder, image, tmp_path):
     predict(folder, image.parent / '*.png', '--contact-sheet', tmp_path / 'sheet.png')
     with Image.open(tmp_path / 'sheet.png') as sheet:
         assert sheet.format == 'PNG' and sheet.width == 180
+
+
+def test_images_that_cannot_be_read_are_reported_and_the_rest_goes_on(folder, image, tmp_path, capsys):
+    (tmp_path / 'bad.png').write_text('no image')
+    assert predict(folder, tmp_path, '--json', tmp_path / 'found.json', '-b', 1) == 1
+    out, error = capsys.readouterr()
+    assert out.startswith(f'{image}: ') and out.count('\n') == 1
+    assert error.splitlines()[-1].startswith(f'timm-sape2: {tmp_path / "bad.png"} cannot be read as an image: ')
+    assert [entry['image'] for entry in json.loads((tmp_path / 'found.json').read_text())] == [str(image)]
+
+
+def test_nothing_but_unreadable_images(folder, tmp_path, capsys):
+    (tmp_path / 'bad.png').write_text('no image')
+    with pytest.raises(SystemExit) as leaving:
+        predict(folder, tmp_path / 'bad.png', '--json', tmp_path / 'found.json')
+    assert leaving.value.code == 2 and not (tmp_path / 'found.json').exists()
+    assert capsys.readouterr().err.splitlines()[-1] == 'timm-sape2: error: none of the images can be read'
+
+
+def test_a_bar_on_a_terminal_alone(folder, image, monkeypatch, capsys):
+    predict(folder, image)
+    assert 'Predicting' not in capsys.readouterr().err
+    monkeypatch.setattr(type(sys.stderr), 'isatty', lambda stream: True, raising=False)
+    predict(folder, image)
+    assert 'Predicting' in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early(folder, image):
+    """As `| head -1` does: no error, no traceback."""
+    arguments = ['predict', str(folder), str(image), '--device', 'cpu']
+    script = f'import sys; from timm_sape2.__main__ import main; sys.exit(main({arguments!r}))'
+    command, pipe = [sys.executable, '-c', script], subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    process.stdout.close()
+    assert (process.wait(timeout=120), process.stderr.read()) == (141, '')
 
 
 @pytest.mark.parametrize(

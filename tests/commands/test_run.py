@@ -39,6 +39,21 @@ def test_all_that_follows_the_script_is_the_scripts(arguments):
     assert parsed.script == ['train.py', *arguments]
 
 
+def test_a_script_that_starts_others(tmp_path, capfd):
+    """timm's bulk_runner.py is told to start `timm-sape2 run`, as it would start `python`."""
+    bulk = write(
+        tmp_path / 'bulk_runner.py',
+        """
+        import subprocess, sys, timm
+        for name in timm.list_models('test_vit_sape*'):
+            subprocess.run([*sys.argv[1:], '--model', name], check=True)
+        """,
+    )
+    script = write(tmp_path / 'show.py', 'import sys, timm\nprint(timm.is_model(sys.argv[-1]), sys.argv[1:])')
+    main(['run', str(bulk), sys.executable, '-m', 'timm_sape2', 'run', str(script), 'DATA'])
+    assert capfd.readouterr().out == "True ['DATA', '--model', 'test_vit_sape2']\n"
+
+
 def test_help_after_the_script_is_the_scripts(tmp_path, capsys):
     script = write(
         tmp_path / 'train.py',

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_json_on_the_standard_output_is_nothing_else(photos, checkpoint, capsys)
 
 
 def test_the_metrics_go_into_the_card(photos, checkpoint, tmp_path):
-    validate(checkpoint, '--data-dir', photos, '--json', tmp_path / 'metrics.json')
+    validate(checkpoint, '--data-dir', photos, '--per-class', '--json', tmp_path / 'metrics.json')
     push = ['hub', 'push', str(checkpoint), '--to', 'owner/vit', '--dry-run', '--folder', str(tmp_path / 'folder')]
     main([*push, '--metrics', str(tmp_path / 'metrics.json')])
     top1 = json.loads((tmp_path / 'metrics.json').read_text())['top1']
@@ -91,12 +92,40 @@ def test_the_metrics_go_into_the_card(photos, checkpoint, tmp_path):
     assert json.loads((tmp_path / 'again.json').read_text())['top1'] == top1
 
 
+def test_classes(photos, checkpoint, capsys, tmp_path):
+    """A table and a picture; the classes have the names of the data where the model has none."""
+    picture, file = tmp_path / 'new' / 'confusion.png', tmp_path / 'metrics.json'
+    validate(checkpoint, '--data-dir', photos, '--per-class', '--confusion-matrix', picture, '--json', file)
+    summary, empty, header, *rows = capsys.readouterr().out.splitlines()
+    assert summary.startswith(f'{checkpoint}, weights: top-1 ') and empty == ''
+    assert header.split()[:4] == ['class', 'images', 'top-1', 'precision']
+    assert sorted(row.split()[0] for row in rows) == ['cat', 'dog', 'eel']
+    metrics = json.loads(file.read_text())
+    assert [(row['index'], row['name'], row['images']) for row in metrics['per_class']] == [
+        (0, 'cat', 7),
+        (1, 'dog', 7),
+        (2, 'eel', 7),
+    ]
+    assert sum(row['top1'] for row in metrics['per_class']) / 3 == pytest.approx(metrics['top1'], abs=1e-3)
+    with Image.open(picture) as image:
+        assert image.format == 'PNG' and min(image.size) > 300
+    assert [path.name for path in picture.parent.iterdir()] == ['confusion.png']
+
+
+def test_the_picture_alone_has_no_table(photos, checkpoint, capsys, tmp_path):
+    validate(checkpoint, '--data-dir', photos, '--confusion-matrix', tmp_path / 'c.png', '--json', '-')
+    assert (tmp_path / 'c.png').exists() and 'per_class' not in json.loads(capsys.readouterr().out)
+
+
 def test_another_size(photos, checkpoint, capsys):
     validate(checkpoint, '--data-dir', photos, '--img-size', '32', '48', '--json', '-')
     assert json.loads(capsys.readouterr().out)['num_images'] == 21
 
 
-def test_a_progress_bar_on_the_standard_error(photos, checkpoint, capsys):
+def test_a_progress_bar_on_a_terminal_alone(photos, checkpoint, capsys, monkeypatch):
+    validate(checkpoint, '--data-dir', photos)
+    assert 'Validating' not in capsys.readouterr().err
+    monkeypatch.setattr(type(sys.stderr), 'isatty', lambda stream: True, raising=False)
     validate(checkpoint, '--data-dir', photos)
     assert 'Validating' in capsys.readouterr().err
 
@@ -108,6 +137,17 @@ class TestErrors:
         message = f"no folder 'test' in {photos}, which has: validation"
         assert refusal(capsys, checkpoint, '--data-dir', photos, '--split', 'test') == message
         assert refusal(capsys, checkpoint, '--dataset', 'digits') == 'the data has 10 classes, the model 3'
+
+    def test_pictures(self, photos, checkpoint, capsys, tmp_path, monkeypatch):
+        data = ['--data-dir', photos, '--confusion-matrix']
+        message = '--confusion-matrix must end in .png, not c.pdf'
+        assert refusal(capsys, checkpoint, *data, 'c.pdf') == message
+        (tmp_path / 'file').write_text('')
+        message = f'cannot write to the output folder {tmp_path}/file'
+        assert refusal(capsys, checkpoint, *data, tmp_path / 'file' / 'c.png').startswith(message)
+        monkeypatch.setitem(sys.modules, 'matplotlib', None)
+        message = "plots need matplotlib: pip install 'timm_sape2[studies]'"
+        assert refusal(capsys, checkpoint, *data, 'c.png') == message
 
     def test_sources(self, photos, capsys, tmp_path):
         assert refusal(capsys, 'last.pth', '--data-dir', photos) == 'no checkpoint last.pth'

@@ -1,6 +1,10 @@
 """`timm-sape2 visualize` draws the model, the images and the patches that were asked for."""
 
 import argparse
+import base64
+import io
+import json
+import re
 import sys
 
 import numpy as np
@@ -11,9 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_sape2.__main__ import main
-from timm_sape2.commands import visualize
 from timm_sape2.hub.package import write_package
-from timm_sape2.studies.bias_maps import attention_biases, draw_bias_maps
+from timm_sape2.studies.bias_maps import of_images
+from timm_sape2.studies.bias_maps.biases import attention_biases
+from timm_sape2.studies.bias_maps.drawing import draw_bias_maps
+from timm_sape2.studies.bias_maps.head_grid import draw_head_grid
 from timm_sape2.trained.opening import open_model
 
 MODEL = 'vit_compact_pos_sape2_patch4_32'
@@ -66,7 +72,7 @@ def drawn(monkeypatch):
         calls.append((maps, patches))
         return draw_bias_maps(maps, patches)
 
-    monkeypatch.setattr(visualize, 'draw_bias_maps', draw)
+    monkeypatch.setattr(of_images, 'draw_bias_maps', draw)
     return calls
 
 
@@ -127,10 +133,98 @@ def test_images_blocks_and_heads_are_lines(photo, run_folder, drawn, tmp_path):
     ]
 
 
-def test_all_heads(photo, run_folder, drawn, tmp_path):
-    flags = ['--checkpoint', str(run_folder), '--head', 'all', '--output', str(tmp_path / 'maps.png')]
-    main(['visualize', str(photo), *flags])
-    assert [bias_map.title.split(', ')[-1] for bias_map in drawn[0][0]] == ['head 0', 'head 1', 'head 2', 'head 3']
+def test_all_heads(photo, run_folder, trained, monkeypatch, tmp_path):
+    """A line of heads for every block, in a grid."""
+    calls = []
+
+    def draw(maps, patches):
+        calls.append((maps, patches))
+        return draw_head_grid(maps, patches)
+
+    monkeypatch.setattr(of_images, 'draw_head_grid', draw)
+    flags = ['--checkpoint', str(run_folder), '--head', 'mean', 'all', '--block', '0', '1', '--patch', '2', '5']
+    main(['visualize', str(photo), *flags, '--output', str(tmp_path / 'maps.png')])
+    assert Image.open(tmp_path / 'maps.png').format == 'PNG'
+    (((*maps,), patches),) = calls
+    assert patches == [(2, 5)]
+    assert [head_maps.title.split('/')[-1] for head_maps in maps] == ['photo.png\nblock 0', 'photo.png\nblock 1']
+    std = trained.pretrained_cfg['std']
+    images = torch.tensor((maps[0].image - 0.5) / std, dtype=torch.float32).permute(2, 0, 1).unsqueeze(0)
+    for block, head_maps in enumerate(maps):
+        names = [name for name, _ in head_maps.heads]
+        assert names == ['mean of 4 heads', 'head 0', 'head 1', 'head 2', 'head 3']
+        expected = attention_biases(trained, images)[block][0]
+        for (_, bias), heads in zip(head_maps.heads, [expected.mean(0), *expected], strict=True):
+            np.testing.assert_allclose(bias, heads, atol=1e-4)
+
+
+def test_what_is_not_seen_has_no_number(photo, drawn, tmp_path):
+    """The heads of LookHere look in one direction, and the colours are for what they see."""
+    flags = ['--model', 'vit_compact_pos_lookhere_patch4_32', '--head', '0', 'mean']
+    main(['visualize', str(photo), *flags, '--output', str(tmp_path / 'maps.png')])
+    one, mean = (bias_map.bias for bias_map in drawn[0][0])
+    assert np.isnan(one).any() and -20 < np.nanmin(one) < 0
+    assert np.isfinite(mean).all(), 'the last head sees all'
+
+
+def data_of(page):
+    """What a page has to show."""
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), flags=re.DOTALL)
+    return json.loads(data)
+
+
+def test_a_page(photo, run_folder, trained, tmp_path, monkeypatch):
+    """All heads of all blocks whose bias has an effect; it needs no matplotlib."""
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    output = tmp_path / 'new' / 'page.html'
+    other = tmp_path / 'other.png'
+    Image.new('L', (20, 50)).save(other)
+    main(['visualize', str(photo), str(other), '--checkpoint', str(run_folder), '--html', '--output', str(output)])
+    assert [path.name for path in output.parent.iterdir()] == ['page.html']
+    data = data_of(output)
+    assert (data['model'], data['position'], data['trained']) == (MODEL, 'learned+sape2', True)
+    assert (data['blocks'], data['heads'], data['grid']) == ([0, 1], 4, [8, 8])
+    assert [image['name'].split('/')[-1] for image in data['images']] == ['photo.png', 'other.png']
+    assert data['start'] == {'block': 1, 'head': -1, 'patch': [4, 4]}
+
+    pixels = np.asarray(Image.open(photo)) / 255
+    picture = base64.b64decode(data['images'][0]['picture'].split(',')[1])
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(picture))), np.asarray(Image.open(photo)))
+    std = trained.pretrained_cfg['std']
+    images = torch.tensor((pixels - 0.5) / std, dtype=torch.float32).permute(2, 0, 1).unsqueeze(0)
+    expected = torch.cat(list(attention_biases(trained, images, [0, 1]).values())).flatten(2).numpy()
+    low, high = np.array(data['maps'][0]['ranges']).transpose(2, 0, 1)[..., None]
+    codes = np.frombuffer(base64.b64decode(data['maps'][0]['codes']), np.uint8).reshape(expected.shape)
+    tolerance = 0.002 * (expected.max(-1) - expected.min(-1))[..., None] + 1e-4
+    assert (np.abs(low + (high - low) / 254 * codes - expected) <= tolerance).all()
+
+
+def test_what_a_page_opens_with(photo, run_folder, tmp_path):
+    output = tmp_path / 'page.html'
+    flags = ['--checkpoint', str(run_folder), '--html', '--output', str(output)]
+    main(['visualize', str(photo), *flags, '--block', '0', '--head', '3', 'mean', '--patch', '2', '5'])
+    data = data_of(output)
+    assert (data['blocks'], data['start']) == ([0], {'block': 0, 'head': 3, 'patch': [2, 5]})
+
+
+def test_a_page_of_an_untrained_model_says_so(photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(['visualize', str(photo), '--model', MODEL, '--html'])
+    assert data_of(tmp_path / 'bias_maps.html')['trained'] is False
+
+
+def test_no_page(photo, run_folder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / 'page.html'
+    output.write_text('earlier')
+    page = ['--html', '--output', output]
+    error = refusal(capsys, photo, '--model', 'vit_compact_pos_learned_patch4_32', *page)
+    assert error.startswith("position='learned' has no attention bias; encodings with one: ") and 'sape2' in error
+    error = refusal(capsys, photo, '--checkpoint', run_folder, '--html', '--output', tmp_path / 'page.png')
+    assert error == f'--output must end in .html, not {tmp_path / "page.png"}'
+    monkeypatch.setattr(of_images, 'attention_biases', lambda *_: pytest.fail('nothing is computed before'))
+    error = refusal(capsys, photo, '--model', 'vit_small_sape2', '--img-size', 576, *page)
+    assert error == 'the page would have 148 MB, more than 100: choose fewer images or blocks'
+    assert output.read_text() == 'earlier'
 
 
 def test_weights_alone_at_another_size(photo, trained, drawn, tmp_path):
@@ -182,11 +276,11 @@ def test_warnings(photo, run_folder, tmp_path, caplog):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        ('--block 3', 'no bias in --block 3: there is one in the blocks 0 to 2'),
-        ('--head 4', "no --head 4: heads go from 0 to 3, or 'all', or their 'mean'"),
-        ('--head 1 median', "no --head median: heads go from 0 to 3, or 'all', or their 'mean'"),
-        ('--patch 8 0', 'no --patch 8 0: rows go from 0 to 7, columns from 0 to 7'),
-        ('--patch 0 8', 'no --patch 0 8: rows go from 0 to 7, columns from 0 to 7'),
+        ('--block 3', 'no bias in block 3: there is one in the blocks 0 to 2'),
+        ('--head 4', "no head 4: heads go from 0 to 3, or 'all', or their 'mean'"),
+        ('--head 1 median', "no head median: heads go from 0 to 3, or 'all', or their 'mean'"),
+        ('--patch 8 0', 'no patch 8 0: rows go from 0 to 7, columns from 0 to 7'),
+        ('--patch 0 8', 'no patch 0 8: rows go from 0 to 7, columns from 0 to 7'),
         ('--patch -1 0', "argument --patch: must be a whole number, 0 or more, not '-1'"),
         ('--img-size 30', f'{{run}}/last.pth.tar does not load as {MODEL}: '),
         ('--img-size 8 8 8', '--img-size takes a side, or a height and a width, not 3 numbers'),

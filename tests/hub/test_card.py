@@ -1,11 +1,15 @@
 """The model card says what the files beside it say, and nothing else."""
 
 import json
+import re
 import shutil
 
 import pytest
+import timm
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 
 from timm_sape2.hub.card import make_card, read_metrics, write_card
 
@@ -40,6 +44,15 @@ def test_the_snippet_imports_the_package_and_runs(folder, monkeypatch):
     names = {}
     exec(code.replace('hf-hub:owner/vit_tiny.cifar10', f'local-dir:{folder}'), names)
     assert names['model'].num_classes == 5 and names['transform'] is not None
+
+
+def test_another_size_as_the_card_says(folder):
+    usage = section(make_card(folder, 'owner/vit_tiny.cifar10'), 'Use it')
+    (call,) = re.findall(r'`(resolve_model_data_config\(.*\))`', usage)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=(48, 40))
+    names = {'model': model, 'C': 3, 'H': 48, 'W': 40, 'resolve_model_data_config': resolve_model_data_config}
+    images = create_transform(**eval(call, names))(Image.new('RGB', (100, 90))).unsqueeze(0)
+    assert images.shape == (1, 3, 48, 40) and model.eval()(images).shape == (1, 5)
 
 
 def test_the_snippet_without_weights_builds_the_same_architecture(folder):
@@ -97,7 +110,7 @@ def test_the_recipe_is_shown_as_it_is(folder):
     (folder / 'train.yaml').write_text('# Of flowers.\nepochs: 3\naug_repeats: 3\n')
     text = section(make_card(folder), 'Training')
     assert '```yaml\n# Of flowers.\nepochs: 3\naug_repeats: 3\n```' in text
-    assert text.startswith('`torchrun --nproc_per_node=N train.py -c train.yaml --data-dir DIR`')
+    assert text.startswith('`torchrun --nproc_per_node=N -m timm_sape2 train -c train.yaml --data-dir DIR`')
 
 
 def test_recipes_of_two_runs_and_what_they_took(folder):
@@ -108,7 +121,7 @@ def test_recipes_of_two_runs_and_what_they_took(folder):
     runs = [run, {**run, 'epochs': 1, 'hours': 0.0, 'commit': None}]
     (folder / 'metrics.json').write_text(json.dumps({'training': runs}))
     text, *code, took, table = section(make_card(folder), 'Training').rstrip().split('\n\n')
-    commands = '`python train.py -c pretrain.yaml`, then `python train.py -c train.yaml`'
+    commands = '`timm-sape2 train -c pretrain.yaml`, then `timm-sape2 train -c train.yaml`'
     assert text == f'{commands} of `timm_sape2` trains it, with pretrain.yaml and train.yaml:'
     assert code == ['```yaml\ndataset: digits\nepochs: 2\n```', '```yaml\ndataset: digits\nepochs: 1\n```']
     assert took == 'What training took, one run after the other:'

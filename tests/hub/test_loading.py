@@ -166,7 +166,7 @@ class TestErrors:
 
     def test_configuration_that_contradicts_itself(self, hub, published):
         self.change_config(hub, published, num_classes=7)
-        reason = 'num_classes is 7, but model_args build a model with 5'
+        reason = 'num_classes is 7, but 5 in pretrained_cfg'
         assert error('hf-hub:owner/vit') == f'hf-hub:owner/vit: config.json: {reason}'
 
     def test_weights_of_another_size(self, hub, published, package_model):

@@ -11,9 +11,9 @@ import yaml
 from timm_sape2.hub.files import FILES
 from timm_sape2.hub.package import write_package
 from timm_sape2.trained.opening import TrainedModel, open_model
+from timm_sape2.trained.prediction import predict
 from timm_sape2.training.arguments import parse_arguments
-from timm_sape2.training.record import add_to_record, begin_record
-from timm_sape2.training.run_folder import write_arguments
+from timm_sape2.training.run_folder import add_to_record, begin_record, write_arguments
 
 
 @pytest.fixture
@@ -37,6 +37,20 @@ def test_the_configuration(package, trained):
     assert config['model_args']['embed_dim'] == 32 and config['model_args']['img_size'] == [32, 48]
     assert config['pretrained_cfg']['input_size'] == [3, 32, 48]
     assert config['pretrained_cfg']['tag'] is None
+    assert config['num_classes'] == 5 and 'num_classes' not in config['model_args']
+
+
+def test_transformers_loads_it(package):
+    transformers = pytest.importorskip('transformers')
+    image = package / 'probe.png'
+    classify = transformers.pipeline('image-classification', model=str(package), device='cpu')
+    (ours,) = predict(open_model(str(package)), [image], top_k=5)
+    theirs = classify(str(image), top_k=5)
+    assert [entry['label'] for entry in theirs] == [f'LABEL_{entry.index}' for entry in ours.classes]
+    scores = [entry['score'] for entry in theirs], [entry.probability for entry in ours.classes]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    model = transformers.AutoModelForImageClassification.from_pretrained(package)
+    assert model.timm_model.num_classes == 5
 
 
 def test_metrics_come_from_the_checkpoint(package):
@@ -133,7 +147,7 @@ def test_classes_have_the_names_that_they_had_in_training(checkpoint, tmp_path):
 
 
 def test_flags_of_another_script_are_no_recipe(trained, tmp_path):
-    args = dict(trained.training['args'], log_wandb=True)
+    args = dict(trained.training['args'], jsd_loss=True)
     write_package(tmp_path, TrainedModel(trained.model, training={'args': args}), 'owner/vit')
     assert not (tmp_path / 'train.yaml').exists()
 

@@ -1,4 +1,4 @@
-"""The weights in hub_configs: they load from the checkout, at any size, and are those that their card describes."""
+"""The weights in hub_configs: they load by name, at any size, and are those that their card describes."""
 
 from pathlib import Path
 
@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 
-import timm_sape2  # noqa: F401  registers the models
+from timm_sape2.__main__ import main
 from timm_sape2.hub.card import read_metrics
+from timm_sape2.hub.files import FILES
+from timm_sape2.hub.package import write_package
 from timm_sape2.hub.verify import check_logits
-from timm_sape2.trained.opening import fingerprint
+from timm_sape2.trained.opening import TrainedModel, fingerprint, open_model
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / 'hub_configs' / 'vit_compact_sape2_patch4_32.cifar10'
@@ -22,12 +24,10 @@ def test_they_are_small(folder):
     assert (folder / 'model.safetensors').stat().st_size <= 4 * 2**20
 
 
-def test_they_load_from_a_checkout_and_are_those_that_were_measured(folder, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    model = timm.create_model(f'local-dir:hub_configs/{folder.name}', pretrained=True)
+def test_they_load_by_name_and_are_those_that_were_measured(folder):
+    model = timm.create_model(folder.name, pretrained=True)
     assert fingerprint(model) == read_metrics(folder / 'metrics.json')['fingerprint']
-    call = f"timm.create_model('local-dir:hub_configs/{folder.name}', pretrained=True)"
-    assert call in (folder / 'README.md').read_text()
+    assert f"timm.create_model('{folder.name}', pretrained=True)" in (folder / 'README.md').read_text()
 
 
 def test_logits_are_those_of_the_card(folder):
@@ -45,6 +45,24 @@ def test_they_load_at_another_size(folder, size):
         assert model.eval()(torch.randn(2, 3, *size)).isfinite().all()
 
 
-def test_the_name_alone_claims_none(folder):
-    assert not timm.models.get_pretrained_cfg(folder.name.partition('.')[0]).has_weights
-    assert 'No repository of the Hub is known to have them' in (folder / 'README.md').read_text()
+def test_what_is_published_of_them_names_no_path(folder, tmp_path, monkeypatch, capsys):
+    """Neither from the name nor from the model that timm makes of it."""
+    monkeypatch.chdir(tmp_path)
+    main(['hub', 'push', folder.name, '--to', 'owner/vit.cifar10', '--dry-run', '--folder', 'from_name'])
+    assert str(folder) not in capsys.readouterr().out
+    created = TrainedModel(timm.create_model(folder.name, pretrained=True).eval())
+    write_package(Path('from_model'), created, 'owner/vit.cifar10')
+    for package in (Path('from_name'), Path('from_model')):
+        files = {path.name: path.read_bytes() for path in package.iterdir()}
+        assert {'model.safetensors', 'config.json', 'README.md'} <= files.keys() <= set(FILES)
+        for place in (str(ROOT), str(tmp_path), 'local-dir:', 'hub_configs'):
+            assert not [name for name, content in files.items() if place.encode() in content]
+        assert "timm.create_model('hf-hub:owner/vit.cifar10', pretrained=True)" in files['README.md'].decode()
+    name_of_weights = 'model.safetensors'
+    assert Path('from_name', name_of_weights).read_bytes() == Path('from_model', name_of_weights).read_bytes()
+
+
+def test_recipes_and_metrics_go_with_the_name(folder):
+    trained = open_model(folder.name)
+    assert trained.folder == folder and fingerprint(trained.model) == fingerprint(open_model(str(folder)).model)
+    assert trained.class_names == open_model(str(folder)).class_names

@@ -59,7 +59,7 @@ The card has the accuracy that the checkpoint was saved with, or what
 such as vit_small_sape2.flowers says that `flowers` is the training data.""",
     )
     parser.add_argument(
-        'checkpoint', metavar='CHECKPOINT', help='file of train.py, folder of a run or with config.json'
+        'checkpoint', metavar='CHECKPOINT', help='file, folder of a run or with config.json, or name that has weights'
     )
     parser.add_argument('--to', metavar='OWNER/NAME', required=True, help='the repository, made if it is not there')
     parser.add_argument('--private', action='store_true', help='make a new repository private')

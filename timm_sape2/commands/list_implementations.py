@@ -2,8 +2,8 @@
 
 import torch
 
+from .._table import text_table
 from ..ops.sape2 import IMPLEMENTATIONS, choose
-from .table import print_table
 
 
 def show_implementations() -> None:
@@ -12,12 +12,12 @@ def show_implementations() -> None:
     for device in ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]:
         for dtype in (torch.float32, torch.bfloat16):
             rows.append((f'{device}, {str(dtype).removeprefix("torch.")}', *explain_choice(device, dtype)))
-    print_table(rows)
+    print(text_table(rows))
 
 
 def explain_choice(device: str, dtype: torch.dtype) -> tuple[str, str]:
     """Return the implementation that runs for tensors of a kind, and why not those that are better."""
     query = torch.zeros(1, 1, 5, 64, device=device, dtype=dtype)
-    name, reasons = choose(query, query, query, query, (2, 2))
+    name, reasons = choose(query, (2, 2))
     better = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(name)]
     return name, '; '.join(f'not {other}: {reasons[other]}' for other in better) or 'nothing prevents it'

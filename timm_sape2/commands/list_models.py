@@ -5,11 +5,12 @@ from typing import Any
 
 import timm
 
+from .._table import text_table
+from ..models.encoding_table import encodings
 from ..models.flops import count_flops, count_parameters
-from .list_encodings import show_encodings
+from ..trained.config import MODULE
 from .list_implementations import show_implementations
 from .parser import Commands
-from .table import print_table
 
 
 def add_list(commands: Commands) -> None:
@@ -21,8 +22,8 @@ def add_list(commands: Commands) -> None:
 Show the models that this package registers with timm, or the encodings.
 
 Below all models stands how SaPE2 attention is computed on this machine, and why
-not in a faster way: by the Triton kernel (triton), by hand on a CPU (cpu), or
-as defined, with a stored bias (reference).
+not in a faster way: by the Triton kernel (triton), by compiled C on a CPU
+(cpu), or as defined, with a stored bias (reference).
 
 The table of encodings has what they state. Translation: content that moves
 keeps its features ('relative'; 'relative inside' if the border of the image
@@ -36,6 +37,7 @@ examples:
   timm-sape2 list
   timm-sape2 list '*patch4_32'       those for images of 32x32
   timm-sape2 list 'vit_small_pos_*'  one transformer with each of the encodings
+  timm-sape2 list --pretrained       those whose weights come with the package
   timm-sape2 list --encodings        what the encodings are like
 
 A name goes wherever timm takes a model: timm.create_model(NAME), --model NAME.""",
@@ -46,6 +48,9 @@ A name goes wherever timm takes a model: timm.create_model(NAME), --model NAME."
         action='store_true',
         help='count 10^9 multiply-accumulates an image too: matrix products and convolutions',
     )
+    parser.add_argument(
+        '--pretrained', action='store_true', help='show those alone that have weights, by the names that load them'
+    )
     parser.add_argument('--encodings', action='store_true', help='show the position encodings in place of the models')
     parser.set_defaults(command=show)
 
@@ -54,18 +59,18 @@ def show(arguments: argparse.Namespace) -> None:
     """Print the table that the arguments ask for."""
     if not arguments.encodings:
         show_models(arguments)
-        if not arguments.pattern:
+        if not arguments.pattern and not arguments.pretrained:
             print()
             show_implementations()
-    elif arguments.pattern or arguments.gmacs:
-        raise ValueError('--encodings goes alone, without names of models and without --gmacs')
+    elif arguments.pattern or arguments.gmacs or arguments.pretrained:
+        raise ValueError('--encodings goes alone, without names of models, --gmacs and --pretrained')
     else:
-        show_encodings()
+        print(encodings())
 
 
 def show_models(arguments: argparse.Namespace) -> None:
     """Print a table of the models that match a pattern."""
-    names = timm.list_models(arguments.pattern, module='vision_transformer_sape2')
+    names = timm.list_models(arguments.pattern, module=MODULE, pretrained=arguments.pretrained)
     if not names:
         raise ValueError(f"no model matches {arguments.pattern!r}; 'timm-sape2 list' shows them all")
     rows: list[tuple[str, ...]] = [('model', 'position', 'input', 'patch', 'parameters')]
@@ -73,14 +78,13 @@ def show_models(arguments: argparse.Namespace) -> None:
         rows[0] += ('GMACs',)
     for name in names:
         model = timm.create_model(name, device='meta').eval()
-        rows.append(describe_model(model) + ((f'{count_flops(model) / 2e9:.3g}',) if arguments.gmacs else ()))
-    print_table(rows)
+        rows.append((name, *describe_model(model)) + ((f'{count_flops(model) / 2e9:.3g}',) if arguments.gmacs else ()))
+    print(text_table(rows))
 
 
 def describe_model(model: Any) -> tuple[str, ...]:
-    """Return name, position encoding, input size, patch size and number of parameters of a model."""
+    """Return position encoding, input size, patch size and number of parameters of a model."""
     return (
-        model.pretrained_cfg['architecture'],
         model.position_name,
         'x'.join(map(str, model.pretrained_cfg['input_size'])),
         'x'.join(map(str, model.patch_embed.patch_size)),

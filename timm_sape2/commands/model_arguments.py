@@ -5,8 +5,8 @@ from typing import Any
 
 import timm
 
+from .._arguments import KeyValues, positive_int
 from ..trained.opening import TrainedModel, check_model_name, open_model
-from ..training.arguments import KeyValues, positive_int
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, img_size: bool = True) -> None:

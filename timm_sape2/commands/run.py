@@ -25,10 +25,14 @@ examples:
   timm-sape2 run validate.py DATA --model vit_small_sape2_patch4_32 \\
       --checkpoint output/train/NAME/model_best.pth.tar
   torchrun --nproc_per_node=2 -m timm_sape2 run train.py ...
+  timm-sape2 run bulk_runner.py --model-list '*sape2*' --no_python yes \\
+      timm-sape2 run validate.py DATA
 
 In a checkout of timm, write `--no-python timm-sape2 run` in place of
 `-m timm_sape2 run`: with -m, Python takes the timm of the current folder
-instead of the installed one.""",
+instead of the installed one. A program that a script starts begins without the
+models; bulk_runner.py starts one for each model, so tell it to start
+`timm-sape2 run`, as above.""",
     )
     parser.add_argument('script', metavar='SCRIPT', nargs=argparse.PARSER, help='path of the script, and its arguments')
     parser.set_defaults(command=run, user_errors=ScriptError)

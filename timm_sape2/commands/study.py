@@ -6,13 +6,13 @@ from pathlib import Path
 from .. import provenance
 from ..studies import STUDIES, Study
 from ..studies.runner import run_study
-from ..training.processes import set_up_logging
+from ..training.console import set_up_logging
 from .parser import Commands
 from .visualize import add_visualize
 
 FLAGS = """
-All other flags are those of train.py, for data, model, recipe and device
-(`python train.py --help`)."""
+All other flags are those of training, for data, model, recipe and device
+(`timm-sape2 train --help`)."""
 RESUME = """\
 The results are results.md, results.csv, plots and run.json in the folder of
 the study. Run the same command again to go on where it was stopped."""

@@ -3,23 +3,29 @@
 import json
 import math
 import shlex
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 from timm.models import get_pretrained_cfg
 
-from ..trained.config import PLUGIN, check_config, read_config
+from .._files import atomic_write
+from .._shipped import WEIGHTS, shipped
+from .._table import markdown_table
+from ..trained.config import PLUGIN, check_config, model_arguments, read_config
 from ..training.recipe import read_recipe
-from ..training.run_folder import atomic_write
 from .probe import PROBE
 
-PAPER = 'https://arxiv.org/abs/2505.09466'
 TAGS = ['image-classification', 'timm', 'timm_sape2', 'vision-transformer', 'position-encoding']
 METRICS = {'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'loss': 'cross-entropy'}
 MEASURED = {'dataset': str, 'split': str, 'num_images': int, 'measured_by': str, 'weights': str, 'fingerprint': str}
-OTHER = {'versions': dict, 'probe': dict, 'input_size': list, 'top1_interval': list, 'training': list}
+OTHER = {
+    **{'versions': dict, 'probe': dict, 'input_size': list, 'top1_interval': list, 'training': list},
+    'per_class': list,
+}
 RECIPES = ('pretrain.yaml', 'train.yaml')  # in the order in which they are run
 # By the tag of a model: what its data set is called, and where the Hub has it.
 DATASETS = {
@@ -51,19 +57,33 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
     config = read_config(folder / 'config.json')
     check_config(config)
     metrics = read_metrics(folder / 'metrics.json')
+    cfg, options = config['pretrained_cfg'], config['model_args'].get('position_args')
+    model: Any = timm.create_model(config['architecture'], device='meta', **model_arguments(config))
     name = repo_id.partition('/')[2] if repo_id else folder.resolve().name
-    has_weights = (folder / 'model.safetensors').exists()
-    sections = [
-        f'# Model card for {name}',
-        _introduction(config, has_weights, repo_id),
-        f'## Use it\n\n{_usage(config, _source(folder, repo_id) if has_weights else None)}',
-        f'## Details\n\n{_details(config)}',
-        f'## Results\n\n{_results(metrics, has_weights)}',
-        f'## Training\n\n{_training(folder, metrics)}',
-    ]
-    if metrics.get('probe'):
-        sections.append(f'## Check\n\n{_check(config, metrics["probe"], repo_id)}')
-    return f'---\n{_metadata(name, config, metrics, has_weights)}\n---\n' + '\n\n'.join(sections) + '\n'
+    has_weights = (folder / WEIGHTS).exists()
+    is_shipped = repo_id is None and folder.resolve().parent == shipped().resolve()
+    channels, height, width = cfg['input_size']
+    text = Template((files(__package__) / 'card.md').read_text(encoding='utf-8')).substitute(
+        metadata=_metadata(name, config, metrics, has_weights),
+        name=name,
+        architecture=config['architecture'],
+        position=model.position_name,
+        weights=_weights(config, has_weights, is_shipped, repo_id),
+        create_model=_create_model(config, folder, has_weights, is_shipped, repo_id),
+        parameters=f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}',
+        options=f', options `{json.dumps(options)}`' if options else '',
+        image_size=f'{height}x{width}, {channels} {"channel" if channels == 1 else "channels"}',
+        patch_size='x'.join(map(str, model.patch_embed.patch_size)),
+        classes=_classes(config),
+        mean=_numbers(cfg['mean']),
+        std=_numbers(cfg['std']),
+        interpolation=cfg['interpolation'],
+        crop=f'{cfg["crop_pct"]:g}',
+        license=cfg.get('license') or 'not stated',
+        results=_results(metrics, has_weights),
+        training=_training(folder, is_shipped, metrics),
+    )
+    return text + (_check(config, metrics['probe'], repo_id) if metrics.get('probe') else '')
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -132,45 +152,36 @@ def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any], has_we
     return data.to_yaml()
 
 
-def _introduction(config: dict[str, Any], has_weights: bool, repo_id: str | None) -> str:
+def _weights(config: dict[str, Any], has_weights: bool, is_shipped: bool, repo_id: str | None) -> str:
+    """Return what the introduction says of the weights, and where they are."""
     cfg = config['pretrained_cfg']
     trained = DATASETS.get(cfg.get('tag'), (None,))[0]
-    text = f'The vision transformer `{config["architecture"]}` with the position encoding '
-    text += f'`{_build(config).position_name}`, for the classification of images. It comes from the package '
-    text += f'`{PLUGIN}`, a plugin of [timm](https://github.com/huggingface/pytorch-image-models).'
-    if has_weights:
-        text += f' It was trained on {trained}.' if trained else ''
-        if repo_id:
-            return text
-        name = f'{config["architecture"]}.{cfg.get("tag")}' if cfg.get('tag') else config['architecture']
-        text += (
-            '\n\nThe weights are in this folder, from where they load. No repository of the Hub is known to have them, '
-        )
-        return f'{text}so the name `{name}` alone does not load them.'
-    purpose = f' to train it on {trained}' if trained else ''
-    return f'{text}\n\n**No weights are published.** These are the configuration and the recipe{purpose}.'
+    if not has_weights:
+        purpose = f' to train it on {trained}' if trained else ''
+        return f'\n\n**No weights are published.** These are the configuration and the recipe{purpose}.'
+    text = f' It was trained on {trained}.' if trained else ''
+    if repo_id:
+        return text
+    if is_shipped:
+        return f'{text}\n\nThe weights come with the package, so that the name loads them, without a network.'
+    name = f'{config["architecture"]}.{cfg.get("tag")}' if cfg.get('tag') else config['architecture']
+    return (
+        f'{text}\n\nThe weights are in this folder, from where they load. No repository of the Hub is known to have '
+        f'them, so the name `{name}` alone does not load them.'
+    )
 
 
-def _source(folder: Path, repo_id: str | None) -> str:
-    """Return what timm calls a model on the Hub, or one that is in a folder alone, by the path that is given."""
-    return f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder.as_posix()}'
-
-
-def _usage(config: dict[str, Any], source: str | None) -> str:
-    if source:
-        call = f"timm.create_model('{source}', pretrained=True).eval()"
+def _create_model(
+    config: dict[str, Any], folder: Path, has_weights: bool, is_shipped: bool, repo_id: str | None
+) -> str:
+    """Return the call that creates the model: one of the package, of the Hub, or in a folder alone."""
+    if not has_weights:
+        return f"timm.create_model('{config['architecture']}'{_changed_arguments(config)})  # random weights"
+    if is_shipped:
+        source = folder.resolve().name
     else:
-        call = f"timm.create_model('{config['architecture']}'{_changed_arguments(config)})  # random weights"
-    return f"""\
-```python
-import timm
-import {PLUGIN}  # registers the architecture, which timm alone does not know
-
-model = {call}
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
-
-Another `img_size`, `in_chans` or `num_classes` can be given to `create_model`, all at once."""
+        source = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder.as_posix()}'
+    return f"timm.create_model('{source}', pretrained=True).eval()"
 
 
 def _changed_arguments(config: dict[str, Any]) -> str:
@@ -178,27 +189,8 @@ def _changed_arguments(config: dict[str, Any]) -> str:
     cfg: Any = get_pretrained_cfg(config['architecture'])
     channels, *size = cfg.input_size
     default = {'in_chans': channels, 'img_size': size, 'num_classes': cfg.num_classes, 'global_pool': 'token'}
-    changed = {key: value for key, value in config['model_args'].items() if default.get(key) != value}
+    changed = {key: value for key, value in model_arguments(config).items() if default.get(key) != value}
     return ''.join(f', {key}={tuple(value) if isinstance(value, list) else value!r}' for key, value in changed.items())
-
-
-def _details(config: dict[str, Any]) -> str:
-    cfg, model = config['pretrained_cfg'], _build(config)
-    channels, height, width = cfg['input_size']
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    options = config['model_args'].get('position_args')
-    rows = {
-        'Architecture': f'`{config["architecture"]}`, {parameters / 1e6:.2f} M parameters',
-        'Position encoding': f'`{model.position_name}`' + (f', options `{json.dumps(options)}`' if options else ''),
-        'Images': f'{height}x{width}, {channels} {"channel" if channels == 1 else "channels"}, '
-        f'patches of {"x".join(map(str, model.patch_embed.patch_size))}',
-        'Classes': _classes(config),
-        'Preprocessing': f'mean {_numbers(cfg["mean"])}, std {_numbers(cfg["std"])}, '
-        f'{cfg["interpolation"]}, crop {cfg["crop_pct"]:g}',
-        'License': cfg.get('license') or 'not stated',
-        'Papers': f'[SaPE2]({PAPER}), [ViT](https://arxiv.org/abs/2010.11929)',
-    }
-    return '\n'.join(f'- **{key}:** {value}' for key, value in rows.items())
 
 
 def _classes(config: dict[str, Any]) -> str:
@@ -218,27 +210,28 @@ def _results(metrics: dict[str, Any], has_weights: bool) -> str:
         where += f', {metrics["num_images"]} images'
     if 'input_size' in metrics:
         where += f' at {"x".join(map(str, metrics["input_size"][1:]))}'
-    rows = [f'| metric | {where} |', '| --- | --- |']
+    rows = []
     for key, value in measured.items():
         interval = metrics.get(f'{key}_interval')
         within = f' (95 % interval {interval[0]:.2f} to {interval[1]:.2f})' if interval else ''
-        rows.append(f'| {METRICS[key]} | ' + (f'{value:.4f} |' if key == 'loss' else f'{value:.2f} %{within} |'))
+        rows.append({'metric': METRICS[key], where: f'{value:.4f}' if key == 'loss' else f'{value:.2f} %{within}'})
     origin = 'The weights here' if has_weights else 'A run with the recipe below, whose weights are not published'
     if 'average' in metrics.get('weights', ''):
         origin += ' (the moving average of the weights)'
     if 'measured_by' in metrics:
         origin += f', measured by {_plain(metrics["measured_by"])}'
     versions = ', '.join(f'{_plain(name)} {_plain(version)}' for name, version in metrics.get('versions', {}).items())
-    return '\n'.join([*rows, '', f'{origin}{f" with {versions}" if versions else ""}.'])
+    return f'{markdown_table(rows)}\n\n{origin}{f" with {versions}" if versions else ""}.'
 
 
-def _training(folder: Path, metrics: dict[str, Any]) -> str:
+def _training(folder: Path, is_shipped: bool, metrics: dict[str, Any]) -> str:
     there = [name for name in RECIPES if (folder / name).exists()]
     recipes = {name: recipe for name in there if (recipe := read_recipe(folder / name))}
     if not recipes:
         parts = ['The recipe is not published.']
     else:
-        commands = ', then '.join(_command(name, recipe) for name, recipe in recipes.items())
+        paths = {name: f'{folder.resolve().name}/{name}' if is_shipped else name for name in recipes}
+        commands = ', then '.join(_command(paths[name], recipe) for name, recipe in recipes.items())
         parts = [f'{commands} of `{PLUGIN}` trains it, with {" and ".join(recipes)}:']
     for name in recipes:
         text = (folder / name).read_text(encoding='utf-8').strip().replace('```', '')
@@ -248,45 +241,34 @@ def _training(folder: Path, metrics: dict[str, Any]) -> str:
     return '\n\n'.join(parts)
 
 
-def _command(name: str, recipe: dict[str, Any]) -> str:
-    start = 'torchrun --nproc_per_node=N' if recipe.get('aug_repeats') else 'python'
+def _command(path: str, recipe: dict[str, Any]) -> str:
+    start = 'torchrun --nproc_per_node=N -m timm_sape2' if recipe.get('aug_repeats') else 'timm-sape2'
     data = '' if recipe.get('dataset') else ' --data-dir DIR'
-    return f'`{start} train.py -c {name}{data}`'
+    return f'`{start} train -c {path}{data}`'
 
 
 def _history(runs: list[dict[str, Any]]) -> str:
     """Return a table of the runs that training took, from the summaries that `training_history` makes."""
     columns = ('epochs', 'images_per_second', 'hours', 'processes', 'hardware', 'torch', 'commit', 'date')
-    rows = [['run', *(name.replace('_', ' ') for name in columns)], ['---'] * (1 + len(columns))]
-    rows += [
-        [str(i + 1), *(_plain('' if run.get(name) is None else run[name]) for name in columns)]
+    rows = [
+        {'run': i + 1}
+        | {name.replace('_', ' '): _plain('' if run.get(name) is None else run[name]) for name in columns}
         for i, run in enumerate(runs)
     ]
-    table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-    return f'What training took, one run after the other:\n\n{table}'
+    return f'What training took, one run after the other:\n\n{markdown_table(rows)}'
 
 
 def _check(config: dict[str, Any], probe: dict[str, float], repo_id: str | None) -> str:
+    """Return the last section, about the logits that the model must give."""
     names = config.get('label_names') or [f'class {index}' for index in range(config['num_classes'])]
     if any(int(index) >= len(names) for index in probe):
         raise ValueError(f'metrics.json: probe has classes that the model does not have, it has {len(names)}')
-    rows = [f'| {_plain(names[int(index)])} | {value:.4f} |' for index, value in probe.items()]
-    what = f'the logits of `{PROBE}` with these'
+    rows = [{'class': _plain(names[int(index)]), 'logit': f'{value:.4f}'} for index, value in probe.items()]
+    text = f'Compare the logits of `{PROBE}` with these:'
     if repo_id:
         command = f'timm-sape2 hub verify {shlex.quote(repo_id)}'
-        text = f"`{command}` compares the files with the Hub's record, and {what}:"
-    else:
-        text = f'Compare {what}:'
-    return f"""\
-{text}
-
-| class | logit |
-| --- | --- |
-""" + '\n'.join(rows)
-
-
-def _build(config: dict[str, Any]) -> Any:
-    return timm.create_model(config['architecture'], device='meta', **config['model_args'])
+        text = f"`{command}` compares the files with the Hub's record, and the logits of `{PROBE}` with these:"
+    return f'\n## Check\n\n{text}\n\n{markdown_table(rows)}\n'
 
 
 def _numbers(values: list[float]) -> str:

@@ -17,7 +17,7 @@ from ..trained.config import PLUGIN, check_config, read_config
 from ..trained.opening import TrainedModel, fingerprint, open_model
 from ..training.arguments import build_parser
 from ..training.recipe import recipe_arguments
-from ..training.record import training_history
+from ..training.run_folder import training_history
 from .card import METRICS, read_metrics, write_card
 from .files import FILES
 from .probe import PROBE, highest_logits, make_probe, probe_logits
@@ -26,6 +26,7 @@ from .probe import PROBE, highest_logits, make_probe, probe_logits
 PRIVATE = {
     *('config', 'data_dir', 'output', 'experiment', 'resume', 'device', 'workers', 'initial_checkpoint'),
     *('pretrained_path', 'log_interval', 'recovery_interval', 'checkpoint_hist'),
+    *('log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'log_tensorboard'),
 }
 ADDED_BY_TRAINING = {'distributed', 'world_size', 'rank', 'local_rank', 'input_size'}
 
@@ -106,7 +107,9 @@ def write_config(
         about['license'] = license
     config = {'pretrained_cfg': about, 'label_names': list(class_names or []) or None, 'plugin': PLUGIN}
     save_config_for_hf(model, str(path), model_config=config)
-    path.write_text(path.read_text(encoding='utf-8') + '\n', encoding='utf-8')
+    written = read_config(path)
+    written['model_args'].pop('num_classes', None)  # transformers gives the model the one beside model_args
+    path.write_text(json.dumps(written, indent=2) + '\n', encoding='utf-8')
 
 
 def _check_model(trained: TrainedModel) -> None:
@@ -169,9 +172,13 @@ def _find_recipes(trained: TrainedModel, path: Path | None) -> dict[str, str]:
     changed = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in args.items()
-        if key in defaults and key not in PRIVATE and value != defaults[key]
+        if key in defaults and key not in PRIVATE and value != defaults[key] and not _is_local_teacher(key, value)
     }
     return {'train.yaml': yaml.safe_dump(changed, sort_keys=False)}
+
+
+def _is_local_teacher(key: str, value: Any) -> bool:
+    return key == 'kd_model_name' and Path(value).exists()
 
 
 def _check_package(folder: Path, trained: TrainedModel) -> None:

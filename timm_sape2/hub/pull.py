@@ -6,9 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
 
+from .._files import atomic_write
 from ..trained.config import PLUGIN, is_ours, load_config
 from ..trained.errors import explained
-from ..training.run_folder import atomic_write
 from .files import FILES, NEEDED, compare_files, hub_api, split_revision
 
 
