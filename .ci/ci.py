@@ -1,10 +1,12 @@
 """Continuous integration: all of it with the newest versions, the contract with every version that is supported.
 
 With the newest versions on the package index come the README's two commands, as they stand there and in a fresh
-environment, lint and types. The contract is what a timm model passes, with kernels, encodings and trained models. It is
-tested with the oldest versions (`floor.txt`) on the oldest Python that is found here, with the newest patch of every
-minor version of torch before the newest, and with the newest versions once more on the newest Python. Each environment
-is removed after use. All parts run even if one fails; the table at the end has versions, result and seconds of each.
+environment, lint, types, the API page, and Debian's Chromium where it can be installed, for a page that is tested in a
+browser. The contract is what a timm model passes, with kernels, encodings and trained models, but for tests that depend
+on no version (marked `once`). It is tested with the oldest versions (`floor.txt`) on the oldest Python that is found
+here, with the newest patch of every minor version of torch before the newest (of one that the oldest versions had, the
+kernels alone), and with the newest versions once more on the newest Python. Each environment is removed after use. All
+parts run even if one fails; the table at the end has versions, result and seconds of each.
 """
 
 import csv
@@ -26,9 +28,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TEST_COMMAND = "pip install -e '.[test]' && python -m pytest"
 DEMO_COMMAND = "pip install -e '.[demo]' && python train.py"
+API_COMMAND = "pdoc --docformat google timm_sape2 '!timm_sape2.commands'"
 LEAST_TOP1 = 95.0
 LIMIT = 30 * 60.0  # seconds for one command, such as all tests
 CONTRACT = ('tests/models', 'tests/ops', 'tests/positions', 'tests/trained')
+KERNELS = ('tests/ops',)
 PACKAGES = ('torch', 'torchvision', 'triton', 'numpy')
 ASK_VERSIONS = f"""
 import json, platform
@@ -218,7 +222,9 @@ def test_readme(run: Run, torch: str) -> None:
     if run.part('install as the README says', install):
         run.part('lint', shell('ruff check .'), shell('ruff format --check .'))
         run.part('types', shell('mypy'))
+        run.part('API page', shell(f"{API_COMMAND} --output-directory '{run.scratch / 'api'}'"))
         run.part('tests of this script', shell('python -m pytest -q -n 0 .ci/test_ci.py'))
+        run.part('browser', find_browser)
         run.part('all tests', shell(f'{tests} -rs'))
         output = run.scratch / 'runs'
         run.part(
@@ -230,6 +236,19 @@ def test_readme(run: Run, torch: str) -> None:
     shutil.rmtree(environment, ignore_errors=True)
 
 
+def find_browser() -> str:
+    """Install Debian's Chromium if no browser is here and it can be; without one a test is skipped and says so."""
+    browsers = ('chromium', 'chromium-browser', 'google-chrome')
+    if not any(map(shutil.which, browsers)) and shutil.which('apt-get') and os.geteuid() == 0:
+        environment = {'DEBIAN_FRONTEND': 'noninteractive'}
+        try:
+            execute(['apt-get', 'update', '-q'], environment)
+            execute(['apt-get', 'install', '-q', '-y', '--no-install-recommends', 'chromium'], environment)
+        except ValueError as error:
+            return f'none, it did not install: {error}'
+    return next(filter(None, map(shutil.which, browsers)), 'none')
+
+
 def ask_versions(run: Run, environment: Path) -> str:
     """Note the versions in an environment."""
     answer = subprocess.check_output([environment / 'bin' / 'python', '-c', ASK_VERSIONS], text=True)
@@ -237,8 +256,8 @@ def ask_versions(run: Run, environment: Path) -> str:
     return 'done'
 
 
-def test_contract(run: Run, name: str, python: str, *requirements: str) -> None:
-    """The contract in an environment with these requirements."""
+def test_contract(run: Run, name: str, python: str, *requirements: str, paths: tuple[str, ...] = CONTRACT) -> None:
+    """The contract, or some of it, in an environment with these requirements."""
     environment = run.scratch / 'contract'
     python_in = environment / 'bin' / 'python'
     run.versions = {}
@@ -250,9 +269,9 @@ def test_contract(run: Run, name: str, python: str, *requirements: str) -> None:
 
     if run.part(f'install: {name}', install):
         run.part(
-            f'contract: {name}',
+            f'{"contract" if paths == CONTRACT else "kernels"}: {name}',
             lambda: execute([python_in, '-W', 'error::FutureWarning', '-c', 'import timm_sape2']),
-            lambda: execute([python_in, '-m', 'pytest', '-q', '-rs', *CONTRACT]),
+            lambda: execute([python_in, '-m', 'pytest', '-q', '-rs', '-m', 'not once', *paths]),
         )
     shutil.rmtree(environment, ignore_errors=True)
 
@@ -278,7 +297,8 @@ def main() -> int:
                 run.say('Python {}.{}'.format(*oldest_python()), 'not on this machine, the oldest here takes its place')
             test_contract(run, 'oldest versions', pythons[oldest], '-c', '.ci/floor.txt')
             for torch in patches[:-1]:
-                test_contract(run, f'torch {torch}', sys.executable, f'torch=={torch}')
+                paths = KERNELS if torch == floor else CONTRACT  # with numpy as new as it gets; the floor has the rest
+                test_contract(run, f'torch {torch}', sys.executable, f'torch=={torch}', paths=paths)
             if newest > sys.version_info[:2]:
                 test_contract(run, 'newest Python', pythons[newest], f'torch=={patches[-1]}')
         minutes = (time.monotonic() - run.begin) / 60

@@ -1,6 +1,7 @@
 """The parts of ci.py that decide what is tested and whether it passed."""
 
 import importlib.util
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,36 @@ def test_paths_of_the_contract():
     assert all(
         list((ci.ROOT / path).glob('test_*.py')) or list((ci.ROOT / path).glob('*/test_*.py')) for path in ci.CONTRACT
     )
+
+
+class TestBrowser:
+    """Programs that stand in for the system's, as root."""
+
+    @pytest.fixture(autouse=True)
+    def programs(self, tmp_path, monkeypatch):
+        for name in ('sh', 'cp'):
+            (tmp_path / name).symlink_to(shutil.which(name))
+        monkeypatch.setenv('PATH', str(tmp_path))
+        monkeypatch.setattr(ci.os, 'geteuid', lambda: 0)
+        return tmp_path
+
+    def write(self, path, *lines):
+        path.write_text('\n'.join(['#!/bin/sh', *lines]))
+        path.chmod(0o755)
+
+    def test_one_that_is_here(self, programs):
+        self.write(programs / 'apt-get', 'exit 1')
+        self.write(programs / 'google-chrome')
+        assert ci.find_browser() == str(programs / 'google-chrome')
+
+    def test_it_is_installed(self, programs):
+        self.write(programs / 'apt-get', f'if [ "$1" = install ]; then cp {programs}/apt-get {programs}/chromium; fi')
+        assert ci.find_browser() == str(programs / 'chromium')
+
+    def test_it_cannot_be_installed(self, programs):
+        assert ci.find_browser() == 'none'
+        self.write(programs / 'apt-get', 'echo no network', 'exit 100')
+        assert ci.find_browser() == 'none, it did not install: no network'
 
 
 class TestAccuracy:

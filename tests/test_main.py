@@ -61,9 +61,14 @@ def test_a_command_is_one_function_that_adds_its_parser(monkeypatch, refusal):
     assert refusal('double', '-1') == 'number must not be negative'
 
 
-@pytest.mark.parametrize('argv', [[], ['train'], ['--models'], ['list', '--json'], ['list', 'a', 'b']])
+@pytest.mark.parametrize('argv', [[], ['learn'], ['--models'], ['list', '--json'], ['list', 'a', 'b']])
 def test_bad_arguments(refusal, argv):
     assert refusal(*argv)
+
+
+def test_a_flag_that_is_mistyped(refusal):
+    message = refusal('validate', 'model.pth', '--batchsize', '3')
+    assert message == "unrecognized arguments: --batchsize 3 (did you mean '--batch-size'?)"
 
 
 def test_arguments_come_from_the_process_by_default(monkeypatch, capsys):

@@ -34,6 +34,19 @@ def test_command_can_be_repeated(monkeypatch, argv, processes, command):
     assert ' '.join(provenance.command()) == command
 
 
+@pytest.mark.parametrize(
+    ('program', 'commands'),
+    [
+        ('/a/train.py', ['python train.py', 'torchrun --nproc-per-node 4 train.py']),
+        ('/bin/timm-sape2', ['timm-sape2 train', 'torchrun --nproc-per-node 4 -m timm_sape2 train']),
+        ('/a/timm_sape2/__main__.py', ['timm-sape2 train', 'torchrun --nproc-per-node 4 -m timm_sape2 train']),
+    ],
+)
+def test_training_starts_as_this_process_did(monkeypatch, program, commands):
+    monkeypatch.setattr('sys.argv', [program])
+    assert [provenance.training_command(processes) for processes in (1, 4)] == commands
+
+
 def repository(folder):
     (folder / 'timm_sape2').mkdir()
     file = folder / 'timm_sape2' / 'provenance.py'
