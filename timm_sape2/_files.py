@@ -26,7 +26,11 @@ def existing_parent(folder: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a copy of a file, or a new one, that takes its place all at once when the block is through."""
+    """Yield a copy of a file, or a new one, that takes its place all at once when the block is through.
+
+    The folder is made if there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'tmp-{path.name}')
     if path.exists():
         shutil.copyfile(path, temporary)

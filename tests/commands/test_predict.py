@@ -57,8 +57,9 @@ def test_classes_without_names(image, tmp_path, caplog, capsys):
 
 
 def test_contact_sheet(folder, image, tmp_path):
-    predict(folder, image.parent / '*.png', '--contact-sheet', tmp_path / 'sheet.png')
-    with Image.open(tmp_path / 'sheet.png') as sheet:
+    drawn = tmp_path / 'new folder' / 'sheet.png'
+    predict(folder, image.parent / '*.png', '--contact-sheet', drawn)
+    with Image.open(drawn) as sheet:
         assert sheet.format == 'PNG' and sheet.width == 180
 
 
@@ -102,11 +103,15 @@ def test_a_reader_that_stops_early(folder, image):
     [
         (['none.png'], 'no image: none.png'),
         (['{image}', '--top-k', '0'], "argument -k/--top-k: must be a whole number above 0, not '0'"),
-        (['{image}', '--contact-sheet', 'no/where/sheet.png'], "[Errno 2] No such file or directory: 'no/where"),
+        (['{image}', '--contact-sheet', '{image}/sheet.png'], 'cannot write to the output folder {image}'),
+        (['{image}', '--contact-sheet', 'sheet.jpg'], '--contact-sheet must end in .png, not sheet.jpg'),
+        (['{image}', '--json', '{image}/found.json'], 'cannot write to the output folder {image}'),
     ],
 )
 def test_errors(folder, image, capsys, arguments, message):
     with pytest.raises(SystemExit) as leaving:
         predict(folder, *(argument.format(image=image) for argument in arguments))
     assert leaving.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f'timm-sape2: error: {message}')
+    out, error = capsys.readouterr()
+    assert error.splitlines()[-1].startswith(f'timm-sape2: error: {message.format(image=image)}')
+    assert out == '', 'the error comes before the work'

@@ -145,6 +145,7 @@ class TestErrors:
         (tmp_path / 'file').write_text('')
         message = f'cannot write to the output folder {tmp_path}/file'
         assert refusal(capsys, checkpoint, *data, tmp_path / 'file' / 'c.png').startswith(message)
+        assert refusal(capsys, checkpoint, '--data-dir', photos, '--json', tmp_path / 'file' / 'm').startswith(message)
         monkeypatch.setitem(sys.modules, 'matplotlib', None)
         message = "plots need matplotlib: pip install 'timm_sape2[studies]'"
         assert refusal(capsys, checkpoint, *data, 'c.png') == message

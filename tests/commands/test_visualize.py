@@ -309,12 +309,12 @@ def test_bad_files(photo, run_folder, tmp_path, capsys):
     text.write_text('no picture')
     cut.write_bytes(photo.read_bytes()[:-600])
     empty.mkdir()
-    missing = tmp_path / 'missing.png'
+    missing, reason = tmp_path / 'missing.png', ' cannot be read as an image:'
     assert refusal(capsys, '--model', MODEL) == 'the following arguments are required: IMAGE'
-    assert refusal(capsys, missing, '--model', MODEL) == f'no image {missing}'
-    assert refusal(capsys, empty, '--model', MODEL) == f'no image {empty}'
-    assert refusal(capsys, text, '--model', MODEL) == f'{text} is truncated or no image'
-    assert refusal(capsys, cut, '--model', MODEL) == f'{cut} is truncated or no image'
+    assert refusal(capsys, missing, '--model', MODEL) == f'{missing}{reason} No such file or directory'
+    assert refusal(capsys, empty, '--model', MODEL) == f'{empty}{reason} Is a directory'
+    assert refusal(capsys, photo, text, '--model', MODEL).startswith(f'{text}{reason} cannot identify image file')
+    assert refusal(capsys, photo, cut, '--model', MODEL).startswith(f'{cut}{reason} ')
     assert refusal(capsys, photo, '--checkpoint', empty) == f'local-dir:{empty}: no config.json in the folder'
     assert refusal(capsys, photo, '--checkpoint', missing).startswith(f'{missing} is no checkpoint, no folder')
     assert refusal(capsys, photo, '--checkpoint', text) == f'{text} is truncated or no checkpoint'

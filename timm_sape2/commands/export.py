@@ -65,7 +65,6 @@ def export(arguments: argparse.Namespace) -> None:
         arguments.model_kwargs = {'dynamic_img_size': True, **arguments.model_kwargs}
     trained = model_to_export(arguments)
     _logger.info(f'Exporting {arguments.source}, which takes from seconds to minutes')
-    output.parent.mkdir(parents=True, exist_ok=True)
     exported = export_onnx(trained, output)
     shape, sizes = ', '.join(map(str, exported.inputs)), ', '.join(f'{h}x{w}' for h, w in exported.sizes)
     _logger.info(f'{output}: {output.stat().st_size / 1e6:.1f} MB, opset {exported.opset}, images of ({shape})')

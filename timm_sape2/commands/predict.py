@@ -6,13 +6,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .._arguments import positive_int
-from .._files import atomic_write
+from .._arguments import check_suffix, positive_int
+from .._files import atomic_write, check_writable
 from ..trained.prediction import check_contact_sheet, contact_sheet, find_images, predict
 from ..training.hardware import device_name
 from .model_arguments import add_model_arguments, open_named_model
 from .parser import Commands
-from .validate import write_json
+from .validate import check_json, write_json
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ def run_predict(arguments: argparse.Namespace) -> int | None:
     paths = find_images(arguments.images)
     if arguments.contact_sheet:
         check_contact_sheet(len(paths))
+        check_suffix('--contact-sheet', arguments.contact_sheet, '.png')
+        check_writable(arguments.contact_sheet.parent)
+    check_json(arguments.json)
     trained = open_named_model(arguments, arguments.source)
     if trained.class_names is None:
         _logger.warning(f'{arguments.source} has no names of its classes, so they are numbered')

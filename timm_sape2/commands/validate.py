@@ -66,6 +66,7 @@ def validate(arguments: argparse.Namespace) -> None:
     device, picture = device_name(arguments.device), arguments.confusion_matrix
     if picture is not None:
         check_picture(picture)
+    check_json(arguments.json)
     trained = open_named_model(arguments, arguments.source)
     in_chans = trained.data_config['input_size'][0]
     dataset = open_split(arguments.dataset, arguments.data_dir, arguments.split, in_chans, arguments.dataset_download)
@@ -92,7 +93,6 @@ def validate(arguments: argparse.Namespace) -> None:
         if confusion is not None and arguments.per_class:
             print(f'\n{confusion.table()}')
     if confusion is not None and picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(picture) as temporary:
             confusion.figure().savefig(temporary, format='png', dpi=120)
     if arguments.json:
@@ -104,6 +104,12 @@ def check_picture(path: Path) -> None:
     check_matplotlib()
     check_suffix('--confusion-matrix', path, '.png')
     check_writable(path.parent)
+
+
+def check_json(target: str | None) -> None:
+    """Raise an OSError if `write_json` could not write there."""
+    if target not in (None, '-'):
+        check_writable(Path(target).parent)
 
 
 def write_json(content: Any, target: str) -> None:

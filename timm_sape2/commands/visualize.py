@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .._arguments import check_suffix, whole_number
 from .._files import atomic_write, check_writable
@@ -94,15 +93,14 @@ def visualize(arguments: argparse.Namespace) -> None:
         check_matplotlib()
     try:
         check_writable(output.parent)
-        pictures = [open_image(path) for path in dict.fromkeys(arguments.images)]
         trained = named_model(arguments)
     except OSError as error:
         raise ValueError(str(error)) from error
+    images = list(dict.fromkeys(arguments.images))
     if arguments.html:
-        page = html_page(arguments, trained, pictures)
+        page = html_page(arguments, trained, images)
     else:
-        figure = bias_maps(trained, pictures, arguments.block, arguments.head, arguments.patch)
-    output.parent.mkdir(parents=True, exist_ok=True)
+        figure = bias_maps(trained, images, arguments.block, arguments.head, arguments.patch)
     with atomic_write(output) as temporary:
         if arguments.html:
             temporary.write_text(page, encoding='utf-8')
@@ -111,36 +109,19 @@ def visualize(arguments: argparse.Namespace) -> None:
     _logger.info(f'The page is {output}: open it in a browser' if arguments.html else f'The maps are in {output}')
 
 
-def html_page(arguments: argparse.Namespace, trained: TrainedModel, pictures: Sequence[Image.Image]) -> str:
+def html_page(arguments: argparse.Namespace, trained: TrainedModel, images: Sequence[str]) -> str:
     """Return the page that the arguments ask for."""
     model = trained.model
     blocks = chosen_blocks(arguments.block, model, all_of_them=True)
     head = chosen_heads(arguments.head, model)[0]
     patches = chosen_patches(arguments.patch, model)
-    check_page_size(len(pictures), len(blocks), model.blocks[0].attn.num_heads, model.patch_embed.grid_size)
-    images = [
+    check_page_size(len(images), len(blocks), model.blocks[0].attn.num_heads, model.patch_embed.grid_size)
+    seen_images = [
         PageImage(seen.name, seen.image, np.stack([seen.biases[block] for block in blocks]))
-        for seen in see_images(trained, pictures, blocks)
+        for seen in see_images(trained, images, blocks)
     ]
     opens_with = (None if head == 'mean' else int(head), patches[0] if patches else None)
-    return bias_page(model, images, blocks, *opens_with, arguments.checkpoint is not None)
-
-
-def open_image(path: str) -> Image.Image:
-    """Return an image, read to its end.
-
-    Raises:
-        OSError: If there is no such file.
-        ValueError: If it is not an image.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'no image {path}')
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception as error:  # what decoders raise for bytes that make no sense depends on the bytes
-        raise ValueError(f'{path} is truncated or no image') from error
+    return bias_page(model, seen_images, blocks, *opens_with, arguments.checkpoint is not None)
 
 
 def named_model(arguments: argparse.Namespace) -> TrainedModel:

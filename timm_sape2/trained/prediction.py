@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm.data import create_transform
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
@@ -170,8 +170,9 @@ def read_image(image: AnImage, mode: str) -> Image.Image:
             return image.convert(mode)
         with Image.open(image) as opened:
             return opened.convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f'{image} cannot be read as an image: {error}') from error
+    except Exception as error:  # what decoders raise for bytes that make no sense depends on the bytes
+        reason = getattr(error, 'strerror', None) or error
+        raise ValueError(f'{image} cannot be read as an image: {reason}') from error
 
 
 def contact_sheet(predictions: Sequence[Prediction], columns: int = 5, classes: int = 3) -> Image.Image:

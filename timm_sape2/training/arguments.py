@@ -71,11 +71,7 @@ def parse_arguments(argv: Sequence[str], default_recipe: Path | None = None) -> 
         ValueError: If an argument, or a key or value of the recipe, is wrong.
     """
     parser = build_parser()
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('-c', '--config')
-    first.add_argument('--data-dir')
-    first.add_argument('--dataset')
-    named = first.parse_known_args(argv)[0]
+    named = recipe_and_data(argv)
     config = named.config or (None if named.data_dir or named.dataset else default_recipe)
     recipe = recipe_arguments(find_recipe(config), parser) if config else []
     args = parser.parse_args([*recipe, *argv])
@@ -91,6 +87,15 @@ def parse_arguments(argv: Sequence[str], default_recipe: Path | None = None) -> 
     if without_teacher:
         raise ValueError(f'{_flags(without_teacher)} needs a teacher: add --kd-model-name')
     return args
+
+
+def recipe_and_data(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the recipe ('config') and the data ('data_dir', 'dataset') that a command line names, None for none."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('-c', '--config')
+    parser.add_argument('--data-dir')
+    parser.add_argument('--dataset')
+    return parser.parse_known_args(argv)[0]
 
 
 def flags_of(function: Callable, args: argparse.Namespace) -> dict[str, Any]:

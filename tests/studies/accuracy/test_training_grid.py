@@ -121,6 +121,7 @@ def test_configuration_is_what_the_result_depends_on():
         (['--model', 'vit_none'], 'cannot create vit_none with {}: Unknown model'),
         (['--img-size', '30'], 'cannot create test_vit_sape2 with {}'),
         (['--leraning-rate', '1'], 'unrecognized arguments: --leraning-rate 1'),
+        (['--config'], 'argument -c/--config: expected one argument'),
     ],
 )
 def test_bad_flags(flags, message):

@@ -18,7 +18,7 @@ from torch import nn
 from ...data import datasets
 from ...models.vit import PositionVisionTransformer
 from ...positions import parse_position
-from ...training.arguments import flags_of, parse_arguments
+from ...training.arguments import flags_of, parse_arguments, recipe_and_data
 from ...training.loop import fit, set_up
 from ...training.model import build_model
 from ...training.processes import SignalCatcher
@@ -39,12 +39,8 @@ def parse_training_flags(flags: Sequence[str]) -> argparse.Namespace:
     Raises:
         ValueError: A flag is wrong, the model is not one of this package, or the data does not fit it.
     """
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument('-c', '--config')
-    named.add_argument('--data-dir')
-    named.add_argument('--dataset')
-    given = named.parse_known_args(flags)[0]
-    defaults = () if given.config else MODEL_FLAGS if given.data_dir or given.dataset else (*MODEL_FLAGS, *DIGITS_FLAGS)
+    named = recipe_and_data(flags)
+    defaults = () if named.config else MODEL_FLAGS if named.data_dir or named.dataset else (*MODEL_FLAGS, *DIGITS_FLAGS)
     args = parse_arguments([*defaults, *flags])
     for name in ('position', 'position_args'):
         if name in args.model_kwargs:

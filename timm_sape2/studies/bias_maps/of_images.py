@@ -98,11 +98,12 @@ def see_images(trained: TrainedModel, images: AnImage | Iterable[AnImage], block
     """
     model, data, mode = trained.model, trained.data_config, image_mode(trained)
     transform, weight = create_transform(**data), next(model.parameters())
-    opened = [images] if isinstance(images, AnImage) else list(images)
+    images = [images] if isinstance(images, AnImage) else list(images)
+    opened = [read_image(image, mode) for image in images]
     seen = []
     with evaluation_mode(model):
-        for number, image in enumerate(tqdm(opened, unit='image', disable=len(opened) < 2 or None)):
-            pixels = transform(read_image(image, mode))
+        for number, image in enumerate(tqdm(images, unit='image', disable=len(images) < 2 or None)):
+            pixels = transform(opened[number])
             found = attention_biases(model, pixels.unsqueeze(0).to(weight.device, weight.dtype), blocks)
             biases = {block: bias[0].cpu() for block, bias in found.items()}
             seen.append(SeenImage(name_of(image, number), as_picture(pixels, data['mean'], data['std']), biases))
