@@ -39,6 +39,14 @@ def test_units_are_runs_sizes_and_both_settings_of_sape2(compared):
     assert [unit['training'] for unit in units] == ['none'] * 8 + ['one epoch'] * 8
 
 
+def test_sizes_by_default(compared):
+    """1, 1.5, 2, 3 and 4.5 times 48x64, in patches of 16: 72 is 4.5 patches, 216 is 13.5."""
+    units = resolution(compared, sizes=None, fine_tune=False).units
+    sizes = list(dict.fromkeys(unit['size'] for unit in units))
+    assert sizes == ['48x64', '64x96', '96x128', '144x192', '224x288']
+    assert len(units) == len(sizes) * 4
+
+
 def test_from_the_command_line(compared, study):
     flags = ['--sizes', '48x64', '32', '--train-num-samples', '16', '--val-num-samples', '10']
     folder = study('resolution', '--runs', str(compared), *flags)

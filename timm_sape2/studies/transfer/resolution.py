@@ -28,6 +28,7 @@ from .runs import TrainedRun, add_runs_argument, open_runs, run_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MULTIPLES = (1, 1.5, 2, 3, 4.5)
 FACTORS = ('encoding', 'layer_scale', 'distance_scale')
 
 
@@ -49,7 +50,7 @@ settings of distance_scale. The two columns are never mixed."""
     def __init__(self, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
         self.runs = open_runs(arguments.runs, flags)
         self.fine_tune_lr = arguments.fine_tune_lr
-        sizes = [read_size(text) for text in arguments.sizes]
+        asked = [read_size(text) for text in arguments.sizes or ()]
         self.units = [
             {
                 **run.factors,
@@ -58,10 +59,11 @@ settings of distance_scale. The two columns are never mixed."""
                 'training': 'one epoch' if fine_tune else 'none',
             }
             for fine_tune in ((False, True) if arguments.fine_tune else (False,))
-            for height, width in sizes
             for run in self.runs
+            for height, width in asked or multiples(run)
             for distance_scale in distance_scales(run)
         ]
+        self.units.sort(key=lambda unit: (unit['training'] != 'none', read_size(unit['size'])))
         for unit in self.units:
             run = run_of(unit, self.runs)
             check_model(run.arguments_at(read_size(unit['size'])), changed_model_kwargs(run, unit))
@@ -74,9 +76,8 @@ settings of distance_scale. The two columns are never mixed."""
         parser.add_argument(
             '--sizes',
             nargs='+',
-            default=['24', '28', '32', '40', '48', '64', '32x48'],
             metavar='N',
-            help='sides, or HEIGHTxWIDTH, in pixels (default: 24 28 32 40 48 64 32x48)',
+            help='sides, or HEIGHTxWIDTH, in pixels (default: 1, 1.5, 2, 3 and 4.5 times the size of training)',
         )
         parser.add_argument(
             '--fine-tune',
@@ -173,6 +174,13 @@ def read_size(text: str) -> tuple[int, int]:
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise ValueError(f'a size is a side or HEIGHTxWIDTH in pixels, not {text!r}')
     return int(sides[0]), int(sides[-1])
+
+
+def multiples(run: TrainedRun) -> list[tuple[int, int]]:
+    """Return the sizes to try by default, `MULTIPLES` of the size of training in whole patches, each once."""
+    patch = check_model(run.arguments_at(run.img_size), {}).patch_embed.patch_size
+    sizes = [[round(factor * s / p) * p for s, p in zip(run.img_size, patch, strict=True)] for factor in MULTIPLES]
+    return list(dict.fromkeys((height, width) for height, width in sizes))
 
 
 def distance_scales(run: TrainedRun) -> tuple[str, ...]:
