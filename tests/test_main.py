@@ -61,6 +61,22 @@ def test_a_command_is_one_function_that_adds_its_parser(monkeypatch, refusal):
     assert refusal('double', '-1') == 'number must not be negative'
 
 
+def test_interrupted(monkeypatch, capsys):
+    """Ctrl-C: no traceback, and the exit code that shells know it by."""
+
+    def add_sleep(commands):
+        commands.add_parser('sleep').set_defaults(command=sleep)
+
+    def sleep(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, 'COMMANDS', (*COMMANDS, add_sleep))
+    with pytest.raises(SystemExit) as leaving:
+        main(['sleep'])
+    assert leaving.value.code == 130
+    assert capsys.readouterr().err == 'timm-sape2: interrupted\n'
+
+
 @pytest.mark.parametrize('argv', [[], ['learn'], ['--models'], ['list', '--json'], ['list', 'a', 'b']])
 def test_bad_arguments(refusal, argv):
     assert refusal(*argv)

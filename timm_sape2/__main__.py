@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     Returns:
         The exit code, None for 0; 141 if whoever reads the output stopped. After an error of the user it exits with
-        code 2 by itself.
+        code 2 by itself, after Ctrl-C with 130.
     """
     parser = build_parser()
     arguments, flags = parser.parse_known_args(argv)
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     except BrokenPipeError:  # as `| head` does when it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written at exit either
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        parser.exit(128 + signal.SIGINT, 'timm-sape2: interrupted\n')
     except arguments.user_errors as error:
         parser.error(str(error))
 

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from timm_sape2.hub.files import FILES
 from timm_sape2.hub.package import write_package
@@ -196,3 +197,11 @@ class TestRefusals:
     def test_nothing_is_written_before(self, trained, tmp_path):
         error(tmp_path / 'out', trained, 'owner/vit', class_names=['a'])
         assert not (tmp_path / 'out').exists()
+
+    def test_a_disk_that_is_full(self, trained, tmp_path, monkeypatch):
+        def full(*arguments, **options):
+            raise SafetensorError('I/O error: No space left on device')
+
+        monkeypatch.setattr('timm_sape2.hub.package.save_file', full)
+        with pytest.raises(OSError, match=r'cannot write .*model.safetensors: I/O error: No space left on device'):
+            write_package(tmp_path, trained, 'owner/vit')

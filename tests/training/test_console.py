@@ -132,6 +132,15 @@ def test_a_run_is_described():
     assert lines[4:] == ['Folder: output/train/mine']
 
 
+def test_flops_of_a_model_that_takes_no_single_image_in_training():
+    """Batch norm on a feature map of one pixel."""
+    args = parse_arguments(['--dataset', 'digits', '--model', 'resnet10t'])
+    args.input_size, args.device, args.world_size = (3, 32, 32), 'cpu', 1
+    model = timm.create_model('resnet10t').train()
+    assert 'GFLOPs' in describe(args, model, (40, 8), 7, Path('here'))[0]
+    assert model.training and model.bn1.training
+
+
 def test_a_less_usual_run_is_described():
     flags = '--train-img-sizes 16 32 --train-batch-sizes 8 2 --kd-model-name runs/large --model-dtype bfloat16'
     args = parse_arguments(['--dataset', 'digits', '--model', 'test_vit_sape2', '--torchcompile', *flags.split()])

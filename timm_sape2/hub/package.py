@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .._compat import save_config_for_hf
@@ -75,7 +76,10 @@ def write_package(
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+    try:
+        save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+    except SafetensorError as error:  # of the disk, such as one that is full
+        raise OSError(f'cannot write {folder / "model.safetensors"}: {error}') from error
     tag = repo_id.partition('/')[2].partition('.')[2]
     write_config(folder / 'config.json', trained.model, tag, license, names)
     (folder / 'metrics.json').write_text(json.dumps(measured, indent=2) + '\n', encoding='utf-8')

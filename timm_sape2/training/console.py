@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .. import provenance
 from ..models.flops import count_flops, count_parameters
 from ..trained.checkpoint import ResumePoint
+from ..trained.opening import evaluation_mode
 
 _logger = logging.getLogger(__name__)
 
@@ -145,7 +146,9 @@ def describe_run(
     training, validation = num_images
     position = getattr(described, 'position_name', None)
     try:
-        cost = f', {count_flops(described, input_size) / 1e9:.2f} GFLOPs'
+        with evaluation_mode(described):  # one image is no batch for a batch norm in training
+            flops = count_flops(described, input_size)
+        cost = f', {flops / 1e9:.2f} GFLOPs'
     except (NotImplementedError, RuntimeError):
         cost = ''  # an operation of another package's model that does not run on the device meta
     precision = amp_dtype + ' and float32' if amp else model_dtype or 'float32'

@@ -48,8 +48,8 @@ beside the accuracy on the shifted images:
   crops         two random crops of an image that is a seventh larger
                 (Zhang 2019), five pairs each
   whole pixels  five random rolls against the image itself
-  half pixels   the same by a half pixel more down and to the right, with all
-                frequencies kept (a shift of the phase)
+  half pixels   the same by a half pixel more down and to the right, between
+                pixels by the phase of the frequencies
   worst         images whose class no roll changes, and that every roll gets
                 right: all rolls by up to --worst-pixels each way
 What a roll takes out at one side comes in at the other. The shifts are the
@@ -144,9 +144,10 @@ same for all models."""
         return (
             'Share of images in %, mean ± standard deviation over seeds: those that keep their class when they are '
             'shifted, and those whose class is right then. Crops are compared in pairs (Zhang 2019), up to a seventh '
-            'of the side apart; rolls, in a circle, with the image itself, those by half pixels with all frequencies '
-            f'kept. The mean of {DRAWS} draws; the worst of all rolls counts an image if not one roll changes it, or '
-            f'gets it wrong.\n\n{markdown_table(table)}'
+            'of the side apart; rolls, in a circle, with the image itself, those by half pixels by the phase of '
+            f'the frequencies. The mean of {DRAWS} draws; the worst of all rolls, by up to '
+            f'{self.worst_pixels or "an eighth of the side in"} pixels each way, counts an image if not one changes '
+            f'it, or gets it wrong.\n\n{markdown_table(table)}'
         )
 
     @staticmethod
