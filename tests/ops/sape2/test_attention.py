@@ -46,16 +46,32 @@ class TestChoose:
             ({}, (3, 65), {}, 'the grid 3x65 has more than 64 rows or columns'),
             ({}, GRID, {'target': 'qk'}, "target='qk' has two signatures an axis"),
             (
-                {'size': (1, 1, 34, 72)},
-                (1, 33),
+                {'size': (1, 1, 17, 72)},
+                (1, 17),
                 {},
-                'float32 lines of 33 with 72 channels need more memory than a program has',
+                'lines of 17 patches with 72 channels of torch.float32 take more registers than a GPU has: '
+                'with more than 64 channels, at most 16',
+            ),
+            (
+                {'size': (1, 1, 33, 80), 'dtype': torch.bfloat16},
+                (33, 1),
+                {},
+                'lines of 33 patches with 80 channels of torch.bfloat16 take more registers than a GPU has: '
+                'with more than 64 channels, at most 32',
             ),
         ],
     )
     def test_what_the_kernel_cannot_do(self, triton_device, query, grid, options, reason):
         query = torch.zeros(**({'size': (1, 1, 13, 16)} | query), device=triton_device)
         assert choose(query, grid, **options)[1]['triton'] == reason
+
+    @pytest.mark.parametrize(
+        ('dtype', 'line', 'dim'),
+        [(torch.float32, 16, 128), (torch.float32, 64, 64), (torch.bfloat16, 32, 128), (torch.float16, 64, 64)],
+    )
+    def test_largest_heads_and_lines(self, triton_device, dtype, line, dim):
+        query = torch.zeros(1, 1, line, dim, dtype=dtype, device=triton_device)
+        assert choose(query, (1, line))[0] == 'triton'
 
     def test_triton_is_not_installed(self, triton_device, monkeypatch):
         monkeypatch.setattr(attention, '_HAS_TRITON', False)

@@ -19,6 +19,9 @@ IMPLEMENTATIONS = ('triton', 'cpu', 'recompute', 'reference')
 
 HEAD_DIMS = (16, 128)
 MOST_LINES = 64
+LINES_OF_WIDE_HEADS = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
+"""Most rows or columns of patches for heads of more than 64 channels in the Triton kernel."""
+
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
@@ -85,9 +88,11 @@ def why_not_triton(query: Tensor, grid: tuple[int, int], target: str) -> str | N
         return f'head dimension {query.shape[-1]} is outside {least} to {most}'
     if max(height, width) > MOST_LINES:
         return f'the grid {height}x{width} has more than {MOST_LINES} rows or columns'
-    if query.dtype == torch.float32 and query.shape[-1] > 64 and max(height, width) > 32:
+    longest = LINES_OF_WIDE_HEADS[query.dtype]
+    if query.shape[-1] > 64 and max(height, width) > longest:
         return (
-            f'float32 lines of {max(height, width)} with {query.shape[-1]} channels need more memory than a program has'
+            f'lines of {max(height, width)} patches with {query.shape[-1]} channels of {query.dtype} take more '
+            f'registers than a GPU has: with more than 64 channels, at most {longest}'
         )
     if target == 'qk':
         return "target='qk' has two signatures an axis"

@@ -35,6 +35,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 KEPT = tl.constexpr(1 - 2.0**-19)  # of a squared norm
 NO_POINT = tl.constexpr(-1e30)  # squared norm of what has no distance to anything
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LONGEST_FOR_TRIANGLES = tl.constexpr(32)  # lines whose sums are products with triangles of ones
 LINES = 8  # of the grid, whose signatures one program computes
 
 
@@ -99,11 +100,14 @@ def _read_line(query, gate_key, content, table, t, length, count, scale, GATES: 
     else:
         gates = 1.0 / (1.0 + tl.exp2(_dot(query, tl.trans(gate_key)) * (scale * -LOG2_E)))
     gates = tl.where((t < length)[None, :], gates, 0.0)
-    # sums by products on tensor cores: two halves have the bits of float32 numbers below 1
-    is_later = tl.where(t[:, None] >= t[None, :], 1.0, 0.0).to(tl.float16)
-    half = gates.to(tl.float16)
-    rest = (gates - half.to(tl.float32)).to(tl.float16)
-    sums = _dot(half, is_later, _dot(rest, is_later))
+    if t.shape[0] > LONGEST_FOR_TRIANGLES:
+        sums = tl.cumsum(gates, 1, reverse=True)
+    else:
+        # sums by products on tensor cores: two halves have the bits of float32 numbers below 1
+        is_later = tl.where(t[:, None] >= t[None, :], 1.0, 0.0).to(tl.float16)
+        half = gates.to(tl.float16)
+        rest = (gates - half.to(tl.float32)).to(tl.float16)
+        sums = _dot(half, is_later, _dot(rest, is_later))
     positions = tl.minimum(sums, count - 1.0, propagate_nan=tl.PropagateNan.ALL)
     index = tl.minimum(tl.maximum(positions.to(tl.int32), 0), count - 2)
     scores = _dot(content, tl.trans(table))
@@ -261,7 +265,6 @@ def _signature_backward_kernel(
     grad_column_table += pair * column_count * DIM
 
     t, n = tl.arange(0, BLOCK_LINE), tl.arange(0, BLOCK_COUNT)
-    is_earlier = tl.where(t[:, None] <= t[None, :], 1.0, 0.0).to(WORK)
     for axis in range(0 if FACTOR_WIDTH > 0 else 1, 2 if FACTOR_HEIGHT > 0 else 1):
         length, lines, step, line_step = _lines_along(axis, width, height)
         table, grad_table, count = row_table, grad_row_table, row_count
@@ -285,6 +288,15 @@ def _signature_backward_kernel(
             for role in tl.static_range(ROLES):
                 spots = role * role_stride + patch[:, None] * (FACTOR_WIDTH + FACTOR_HEIGHT) + axis * FACTOR_WIDTH + t
                 grad += tl.load(grad_points + spots, mask=is_inside[:, None] & is_inside[None, :], other=0.0)
+            if GATES != 'none':
+                grad_sums = tl.where(sums > count - 1.0, 0.0, grad * slopes)
+                if BLOCK_LINE > LONGEST_FOR_TRIANGLES:
+                    grad_gates = tl.cumsum(grad_sums, 1)
+                else:
+                    is_earlier = tl.where(t[:, None] <= t[None, :], 1.0, 0.0).to(WORK)
+                    grad_gates = _dot(grad_sums.to(WORK), is_earlier)
+                grad_logits = grad_gates * gates * (1.0 - gates) * scale
+                grad_logits = grad_logits.to(query.dtype.element_ty)
             grad_scores = tl.zeros([BLOCK_LINE, BLOCK_COUNT], tl.float32)
             for position in range(count):
                 share = tl.maximum(1.0 - tl.abs(positions - position), 0.0)
@@ -299,9 +311,6 @@ def _signature_backward_kernel(
             elif GATES == 'none':
                 _add(grad_query, patch, is_inside, row, grad_content, DIM, BLOCK_DIM)
             if GATES != 'none':
-                grad_sums = tl.where(sums > count - 1.0, 0.0, grad * slopes).to(WORK)
-                grad_logits = _dot(grad_sums, is_earlier) * gates * (1.0 - gates) * scale
-                grad_logits = grad_logits.to(query.dtype.element_ty)
                 if TARGET == 'k':
                     grad_query_tile = _dot(grad_logits, gate_key_tile, grad_content)
                 else:
@@ -792,14 +801,16 @@ class Role(NamedTuple):
     OF_POINTS: bool = True
 
 
-def _config(own: int, other: int, warps: int) -> triton.Config:
-    return triton.Config({'BLOCK_OWN': own, 'BLOCK_OTHER': other}, num_warps=warps, num_stages=2)
+def _config(own: int, other: int, warps: int, all_registers: bool = False) -> triton.Config:
+    """Return tiles and warps, and whether a thread may take all registers where ptxas would spill to take fewer."""
+    most = 255 if all_registers and torch.version.hip is None else None
+    return triton.Config({'BLOCK_OWN': own, 'BLOCK_OTHER': other}, num_warps=warps, num_stages=2, maxnreg=most)
 
 
 def _forward_configs(block_dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
     """List configurations that are worth a try and take no more registers than there are."""
     if by_differences:
-        return [_config(32, 32, 8)]
+        return [_config(32, 32, 8, all_registers=True)]
     if block_dim <= 64 and block_points <= 32:
         return [_config(64, 32, 4), _config(128, 64, 8) if _is_hopper() else _config(128, 32, 8)]
     return [_config(64, 32, 4) if block_dim <= 64 or _is_hopper() else _config(32, 32, 4)]
@@ -807,14 +818,23 @@ def _forward_configs(block_dim: int, block_points: int, by_differences: bool) ->
 
 def _backward_configs(block_dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
     """List configurations as `_forward_configs` does."""
-    return [_config(32, 16, 8)] if by_differences else [_config(64, 16, 4)]
+    if by_differences:
+        return [_config(32, 16, 8, all_registers=True)]
+    is_large = block_dim > 64 and block_points > 16
+    return [_config(32 if is_large and not _is_hopper() else 64, 16, 4, all_registers=is_large or block_points > 32)]
+
+
+def _signature_warps(block_line: int, block_dim: int, exact: bool) -> int:
+    """Return how many warps have registers for a line, exactly (float32) or in half precision."""
+    warps = {16: 4, 32: 8, 64: 16}[block_line] if exact else {16: 1, 32: 2, 64: 8}[block_line]
+    return 2 * warps if block_dim > 64 and block_line <= 32 else warps
 
 
 def _roles(block_dim: int, block_points: int, by_differences: bool) -> list[Role]:
     """Share the work of the backward kernel out to as few launches as there are registers for."""
     if not by_differences and block_dim <= 64 and block_points <= 32 and _is_hopper():
         return [Role(True, True)]
-    if by_differences or block_points <= 32:
+    if by_differences or block_points <= (32 if block_dim <= 64 else 16):
         return [Role(True, False), Role(False, True)]
     return [Role(True, False), Role(False, True, OF_POINTS=False), Role(False, True, OF_INPUTS=False)]
 
@@ -915,7 +935,7 @@ class Problem(NamedTuple):
             'BLOCK_COUNT': padded(max(self.counts)),
             'GATES': self.gates,
             'TARGET': self.target,
-            'num_warps': {16: 4, 32: 8, 64: 16}[line] if exact else {16: 1, 32: 2, 64: 8}[line],
+            'num_warps': _signature_warps(line, padded(self.query.shape[-1]), exact),
         }
 
     @property
