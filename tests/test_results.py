@@ -1,4 +1,4 @@
-"""The figures of docs/results.md, and those of the README that are taken from it, are those of the files beside it."""
+"""The figures of docs/results.md, the screening in docs/studies.md, and what README takes of them, are those of files."""
 
 import csv
 import json
@@ -104,6 +104,20 @@ def test_fair_table():
     record = json.loads((RESULTS / 'fair' / 'run.json').read_text())
     for made in record['made_by']:
         assert made['command'] in PAGE and made['commit'][:7] in PAGE
+
+
+def test_screening():
+    page = (ROOT / 'docs' / 'studies.md').read_text()
+    last = [row for row in table_of(RESULTS / 'screening' / 'results.csv') if row['epoch'] == '3']
+    learned = {row['seed']: float(row['top1']) for row in last if row['encoding'] == 'learned'}
+    assert len(last) > 1
+    for row in last:
+        top1 = float(row['top1'])
+        line = f'| `{row["encoding"]}` | {row["seed"]} | {top1:.2f} | {top1 - learned[row["seed"]]:+.2f} |'
+        assert line in page
+    record = json.loads((RESULTS / 'screening' / 'run.json').read_text())
+    for made in record['made_by']:
+        assert made['command'] in page and made['commit'][:7] in page
 
 
 def test_the_readme_has_the_fair_table():
