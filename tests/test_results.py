@@ -1,4 +1,4 @@
-"""The figures of docs/results.md, the screening in docs/studies.md, and what README takes of them, are those of files."""
+"""Figures of docs/results.md, of the screening in docs/studies.md and of README are those of the files beside them."""
 
 import csv
 import json
@@ -122,6 +122,17 @@ def test_screening():
 
 def test_the_readme_has_the_fair_table():
     last = {row['encoding']: row['top1'] for row in table_of(RESULTS / 'fair' / 'results.csv') if row['epoch'] == '15'}
-    both, alone = float(last['learned+sape2']), float(last['learned'])
-    text = f'SaPE2 + learned reaches {both:.2f} %, learned embeddings alone {alone:.2f} %'
+    both, alone, rotary = (float(last[name]) for name in ('learned+sape2', 'learned', 'rope'))
+    text = f'SaPE2 + learned reaches {both:.2f} %, learned embeddings alone {alone:.2f} %, rotary {rotary:.2f} %'
+    assert text in ' '.join(README.split())
+
+
+def test_the_readme_has_the_screening():
+    rows = table_of(RESULTS / 'screening' / 'results.csv')
+    top1 = {row['encoding']: float(row['top1']) for row in rows if (row['epoch'], row['seed']) == ('3', '0')}
+    direct, distances, rotary = (top1[name] for name in ('axial_cope', 'sape2', 'rope'))
+    text = (
+        f'(`axial_cope`) is {direct - distances:.1f} points above taking their distances (`sape2`) after 625 updates, '
+        f'and {rotary - direct:.1f} below rotary'
+    )
     assert text in ' '.join(README.split())
