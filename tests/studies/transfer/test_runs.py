@@ -43,6 +43,16 @@ def test_encoding_that_is_the_default_of_the_model(compared, tmp_path):
     assert open_runs([str(run)], [])[0].encoding == 'learned+sape2'
 
 
+def test_encodings_that_differ_in_options_are_told_apart(compared, tmp_path):
+    first = compared / 'runs' / 'learned+sape2_off_seed0'
+    second = shutil.copytree(first, tmp_path / 'run')
+    recipe = yaml.safe_load((second / 'args.yaml').read_text())
+    recipe['model_kwargs']['position_args'] = {'sape2': {'initial_std': 0.5}}
+    (second / 'args.yaml').write_text(yaml.safe_dump(recipe))
+    runs = open_runs([str(first), str(second)], [])
+    assert [run.encoding for run in runs] == ['learned+sape2', 'learned+sape2(initial_std=0.5)']
+
+
 def test_weights_are_those_of_the_checkpoint(run):
     state = read_checkpoint(run.checkpoint)['state_dict']
     model = run.model_at(run.img_size)

@@ -20,6 +20,7 @@ from ..report import (
     plus_minus,
     spread_over_seeds,
     title_of_lines,
+    without_options,
 )
 from ..runner import unit_names
 from ..study import Row, Study, Unit
@@ -185,7 +186,7 @@ def multiples(run: TrainedRun) -> list[tuple[int, int]]:
 
 def distance_scales(run: TrainedRun) -> tuple[str, ...]:
     """Return the settings of SaPE2's `distance_scale` to try with a model, an empty one for other encodings."""
-    return ('none', 'grid') if 'sape2' in str(run.factors['encoding']).split('+') else ('',)
+    return ('none', 'grid') if 'sape2' in without_options(run.encoding).split('+') else ('',)
 
 
 def changed_model_kwargs(run: TrainedRun, unit: Unit) -> dict[str, Any]:

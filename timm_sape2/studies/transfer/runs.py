@@ -143,4 +143,15 @@ def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from error
     args.num_classes, img_size = trained.args['num_classes'], tuple(trained.args['input_size'][1:])
-    return TrainedRun(args, checkpoint, img_size, model.position_name)
+    return TrainedRun(
+        args, checkpoint, img_size, _encoding(model.position_name, args.model_kwargs.get('position_args'))
+    )
+
+
+def _encoding(position: str, position_args: Mapping[str, Any] | None) -> str:
+    """Return encodings and their options as `study compare` takes them, 'learned+rope(coordinates=max)'."""
+    named = []
+    for name in position.split('+'):
+        options = ', '.join(f'{key}={value}' for key, value in (position_args or {}).get(name, {}).items())
+        named.append(f'{name}({options})' if options else name)
+    return '+'.join(named)
