@@ -810,7 +810,7 @@ def _config(own: int, other: int, warps: int, all_registers: bool = False) -> tr
 def _forward_configs(block_dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
     """List configurations that are worth a try and take no more registers than there are."""
     if by_differences:
-        return [_config(32, 32, 8, all_registers=True)]
+        return [_config(32, 32 if block_dim <= 64 else 16, 8, all_registers=True)]
     if block_dim <= 64 and block_points <= 32:
         return [_config(64, 32, 4), _config(128, 64, 8) if _is_hopper() else _config(128, 32, 8)]
     return [_config(64, 32, 4) if block_dim <= 64 or _is_hopper() else _config(32, 32, 4)]
@@ -827,14 +827,14 @@ def _backward_configs(block_dim: int, block_points: int, by_differences: bool) -
 def _signature_warps(block_line: int, block_dim: int, exact: bool) -> int:
     """Return how many warps have registers for a line, exactly (float32) or in half precision."""
     warps = {16: 4, 32: 8, 64: 16}[block_line] if exact else {16: 1, 32: 2, 64: 8}[block_line]
-    return 2 * warps if block_dim > 64 and block_line <= 32 else warps
+    return (2 if exact else 4) * warps if block_dim > 64 and block_line <= 32 else warps
 
 
 def _roles(block_dim: int, block_points: int, by_differences: bool) -> list[Role]:
     """Share the work of the backward kernel out to as few launches as there are registers for."""
     if not by_differences and block_dim <= 64 and block_points <= 32 and _is_hopper():
         return [Role(True, True)]
-    if by_differences or block_points <= (32 if block_dim <= 64 else 16):
+    if not by_differences and block_points <= (32 if block_dim <= 64 else 16):
         return [Role(True, False), Role(False, True)]
     return [Role(True, False), Role(False, True, OF_POINTS=False), Role(False, True, OF_INPUTS=False)]
 
