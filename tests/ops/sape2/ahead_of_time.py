@@ -152,7 +152,7 @@ def compile_case(target: str, case: Case) -> list[Compiled]:
     def run_tuned(self: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal launch
         launch += 1
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        self.nargs = dict(zip(self.arg_names, args, strict=False))  # the names left over are in kwargs
         for config in self.prune_configs(kwargs):
             compile_one(self.fn, *args, **{**kwargs, **config.all_kwargs()})
 
@@ -218,7 +218,7 @@ def driver_of(target: Target) -> Any:
             return torch.device('cpu')
 
         def get_benchmarker(self) -> Any:
-            raise NotImplementedError
+            raise NotImplementedError  # nothing runs, so nothing is timed
 
     if target.backend == 'hip':
         torch.version.hip = '6.4'

@@ -832,11 +832,11 @@ def _signature_warps(block_line: int, block_dim: int, exact: bool) -> int:
 
 def _roles(block_dim: int, block_points: int, by_differences: bool) -> list[Role]:
     """Share the work of the backward kernel out to as few launches as there are registers for."""
-    if not by_differences and block_dim <= 64 and block_points <= 32 and _is_hopper():
+    if by_differences or block_points > (32 if block_dim <= 64 else 16):
+        return [Role(True, False), Role(False, True, OF_POINTS=False), Role(False, True, OF_INPUTS=False)]
+    if block_dim <= 64 and _is_hopper():
         return [Role(True, True)]
-    if not by_differences and block_points <= (32 if block_dim <= 64 else 16):
-        return [Role(True, False), Role(False, True)]
-    return [Role(True, False), Role(False, True, OF_POINTS=False), Role(False, True, OF_INPUTS=False)]
+    return [Role(True, False), Role(False, True)]
 
 
 def _is_hopper() -> bool:
