@@ -69,6 +69,12 @@ def grouped(rows: Iterable[Row], *factors: str) -> dict[tuple, list[Row]]:
     return groups
 
 
+def by_model(rows: Iterable[Row], *factors: str) -> dict[tuple, list[Row]]:
+    """Return the rows by encoding, LayerScale and further factors, encodings in the order of their table."""
+    groups = grouped(rows, 'encoding', 'layer_scale', *factors)
+    return dict(sorted(groups.items(), key=lambda group: encoding_place(group[0][0])))
+
+
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and the sample standard deviation, which is NaN for a single value."""
     mean = sum(values) / len(values)

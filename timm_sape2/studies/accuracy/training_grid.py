@@ -77,6 +77,15 @@ def encoding_arguments(name: str) -> dict[str, Any]:
     return {'position': '+'.join(names), **({'position_args': arguments} if arguments else {})}
 
 
+def encoding_with_options(position: str, position_args: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return encodings and their options as `encoding_arguments` reads them."""
+    named = []
+    for name in position.split('+'):
+        options = ', '.join(f'{option}={value}' for option, value in position_args.get(name, {}).items())
+        named.append(f'{name}({options})' if options else name)
+    return '+'.join(named)
+
+
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)

@@ -12,9 +12,9 @@ from ..._arguments import positive_int
 from ..._figure import new_figure
 from ..._table import markdown_table
 from ..report import (
+    by_model,
     draw_dots,
     encoding_color,
-    encoding_place,
     grouped,
     models_in_words,
     plus_minus,
@@ -131,7 +131,7 @@ same for all models."""
 
     def report(self, rows: list[Row]) -> str:
         table = []
-        for (encoding, layer_scale), of_model in rows_by_model(rows).items():
+        for (encoding, layer_scale), of_model in by_model(rows).items():
             line = {'encoding': encoding, 'LayerScale': layer_scale}
             by_shift = grouped(of_model, 'shift')
             for shift, words in MEASURES.items():
@@ -152,7 +152,7 @@ same for all models."""
 
     @staticmethod
     def plots(rows: list[Row], configuration: Mapping[str, Any]) -> 'dict[str, Figure]':
-        models = rows_by_model(rows)
+        models = by_model(rows)
         names = models_in_words(models)
         colors = {names[model]: encoding_color(model[0]) for model in models}
         figure = new_figure(12, 2.5 + 0.7 * len(models))
@@ -177,11 +177,6 @@ same for all models."""
         )
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside right center')
         return {'shifts': figure}
-
-
-def rows_by_model(rows: Sequence[Row]) -> dict[tuple, list[Row]]:
-    """Return the rows by encoding and LayerScale, encodings in the order of their table."""
-    return grouped(sorted(rows, key=lambda row: encoding_place(row['encoding'])), 'encoding', 'layer_scale')
 
 
 def predicted(model: Any, images: Tensor) -> Tensor:

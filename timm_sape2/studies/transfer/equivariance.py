@@ -12,8 +12,8 @@ from ..._figure import new_figure
 from ..._table import markdown_table
 from ..accuracy.training_grid import check_model
 from ..report import (
+    by_model,
     draw_line,
-    encoding_place,
     grouped,
     line_styles,
     models_in_words,
@@ -134,7 +134,7 @@ before training."""
     @staticmethod
     def plots(rows: list[Row], configuration: Mapping[str, Any]) -> 'dict[str, Figure]':
         trained = [row for row in rows if row['weights'] == 'trained'] or rows
-        models = grouped(sorted(trained, key=lambda row: encoding_place(row['encoding'])), 'encoding', 'layer_scale')
+        models = by_model(trained)
         figure = new_figure(12, 8)
         panels = figure.subplots(2, 2, sharex=True, sharey='row')
         styles = line_styles([encoding for encoding, _ in models])

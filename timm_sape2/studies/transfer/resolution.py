@@ -12,8 +12,8 @@ from ..._table import markdown_table
 from ...trained.accuracy import evaluate
 from ..accuracy.training_grid import check_model, train_run
 from ..report import (
+    by_model,
     draw_line,
-    encoding_place,
     grouped,
     line_styles,
     models_in_words,
@@ -110,7 +110,7 @@ settings of distance_scale. The two columns are never mixed."""
         for (training,), of_training in grouped(rows, 'training').items():
             sizes = sizes_of(of_training)
             table = []
-            for factors, of_model in by_model(of_training).items():
+            for factors, of_model in by_model(of_training, 'distance_scale').items():
                 top1 = top1_by_size(of_model)
                 table.append(
                     dict(zip(FACTORS, factors, strict=True))
@@ -127,7 +127,7 @@ settings of distance_scale. The two columns are never mixed."""
     @staticmethod
     def plots(rows: list[Row], configuration: Mapping[str, Any]) -> 'dict[str, Figure]':
         by_training = grouped(rows, 'training')
-        models = list(by_model(rows))
+        models = list(by_model(rows, 'distance_scale'))
         styles = dict(zip(models, line_styles([encoding for encoding, *_ in models]), strict=True))
         names = models_in_words(models)
         figure = new_figure(5 * len(by_training) + 3.5, 5)
@@ -137,7 +137,7 @@ settings of distance_scale. The two columns are never mixed."""
             num_square = sum(height == width for height, width in map(read_size, sizes))
             places = [*range(num_square), math.nan, *range(num_square, len(sizes))]  # the line ends with square sizes
             axes.set_xticks(range(len(sizes)), sizes)
-            for factors, of_model in by_model(of_training).items():
+            for factors, of_model in by_model(of_training, 'distance_scale').items():
                 top1 = top1_by_size(of_model)
                 spreads = [spread_over_seeds(top1.get(size, [math.nan])) for size in sizes]
                 spreads.insert(num_square, spread_over_seeds([math.nan]))
@@ -150,12 +150,6 @@ settings of distance_scale. The two columns are never mixed."""
         ordered = [lines[names[factors]] for factors in models]
         figure.legend(handles=ordered, loc='outside right center', fontsize=8)
         return {'sizes': figure}
-
-
-def by_model(rows: Sequence[Row]) -> dict[tuple, list[Row]]:
-    """Return the rows by model, encodings in the order of their table."""
-    groups = grouped(rows, *FACTORS)
-    return dict(sorted(groups.items(), key=lambda group: encoding_place(group[0][0])))
 
 
 def sizes_of(rows: Sequence[Row]) -> list[str]:

@@ -19,7 +19,7 @@ from ...trained.opening import LAST, open_model
 from ...training import hardware, loaders
 from ...training.arguments import flags_of, parse_arguments
 from ...training.model import build_model
-from ..accuracy.training_grid import check_model, share_initial_weights
+from ..accuracy.training_grid import check_model, encoding_with_options, share_initial_weights
 from ..report import encoding_place
 from ..study import Unit
 
@@ -143,15 +143,5 @@ def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from error
     args.num_classes, img_size = trained.args['num_classes'], tuple(trained.args['input_size'][1:])
-    return TrainedRun(
-        args, checkpoint, img_size, _encoding(model.position_name, args.model_kwargs.get('position_args'))
-    )
-
-
-def _encoding(position: str, position_args: Mapping[str, Any] | None) -> str:
-    """Return encodings and their options as `study compare` takes them, 'learned+rope(coordinates=max)'."""
-    named = []
-    for name in position.split('+'):
-        options = ', '.join(f'{key}={value}' for key, value in (position_args or {}).get(name, {}).items())
-        named.append(f'{name}({options})' if options else name)
-    return '+'.join(named)
+    encoding = encoding_with_options(model.position_name, args.model_kwargs.get('position_args') or {})
+    return TrainedRun(args, checkpoint, img_size, encoding)
