@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,19 @@ def test_configurations_recipes_and_weights_are_in_it_once(wheel):
         inside + name for name in found if name.endswith('.safetensors')
     ]
     assert all(size <= 4 * 2**20 for size in files.values())
+
+
+def test_no_link_of_its_description_needs_the_checkout(wheel):
+    """The package index shows it, and has no other file."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
+        description = archive.read(name).decode().partition('\n\n')[2]
+    targets = re.findall(r'\]\(([^)]*)\)', description)
+    assert targets and all(target.startswith('https://') for target in targets)
+    assert '`docs/equip.md` has the families' in description
+    readme = (ROOT / 'README.md').read_text()
+    assert readme.count('```') == description.count('```'), 'code stays as it is'
+    assert all(block in description for block in re.findall(r'```.*?```', readme, flags=re.DOTALL))
 
 
 def test_it_trains_predicts_and_packs_without_the_checkout(wheel, tmp_path):
