@@ -54,11 +54,14 @@ def test_a_command_is_one_function_that_adds_its_parser(monkeypatch, refusal):
     def double(arguments):
         if arguments.number < 0:
             raise ValueError('number must not be negative')
+        if arguments.number == 0:
+            raise FileNotFoundError('no file 0')
         return arguments.number * 2
 
     monkeypatch.setattr(command_line, 'COMMANDS', (*COMMANDS, add_double))
     assert main(['double', '21']) == 42
     assert refusal('double', '-1') == 'number must not be negative'
+    assert refusal('double', '0') == 'no file 0'
 
 
 def test_interrupted(monkeypatch, capsys):

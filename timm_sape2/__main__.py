@@ -46,9 +46,9 @@ def build_parser() -> Parser:
     """Build the parser of the whole command line.
 
     A command is a function in `timm_sape2.commands` that adds a parser. The parser sets the default `command`, a
-    function of the parsed arguments that returns an exit code or None. A ValueError in there is taken for an error of
-    the user; a command for which that is wrong sets the default `user_errors` too. One that sets `takes_flags` finds
-    what its parser does not know in `flags`.
+    function of the parsed arguments that returns an exit code or None. A ValueError or an OSError in there is taken for
+    an error of the user; a command for which that is wrong sets the default `user_errors` too. One that sets
+    `takes_flags` finds what its parser does not know in `flags`.
     """
     parser = Parser(
         prog='timm-sape2',
@@ -62,7 +62,7 @@ examples:
     )
     versions = f'timm-sape2 {__version__} (timm {timm.__version__}, torch {torch.__version__})'
     parser.add_argument('--version', action='version', version=versions)
-    parser.set_defaults(user_errors=ValueError, takes_flags=False)
+    parser.set_defaults(user_errors=(ValueError, OSError), takes_flags=False)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
     for add_command in COMMANDS:
         add_command(commands)

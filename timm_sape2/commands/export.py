@@ -51,7 +51,7 @@ Both are in the metadata of the file, with sizes, cropping and class names.""",
     parser.add_argument(
         '--output', type=Path, default=Path('model.onnx'), metavar='FILE', help='the file (default: %(default)s)'
     )
-    parser.set_defaults(command=export, user_errors=(ValueError, OSError))
+    parser.set_defaults(command=export)
 
 
 def export(arguments: argparse.Namespace) -> None:

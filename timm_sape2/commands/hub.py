@@ -76,7 +76,7 @@ such as vit_small_sape2.flowers says that `flowers` is the training data.""",
     parser.add_argument('--class-names', metavar='FILE', type=Path, help='names of the classes, one a line')
     parser.add_argument('--license', metavar='NAME', help="license of the weights (default: the model's, apache-2.0)")
     add_model_arguments(parser, img_size=False)
-    parser.set_defaults(command=push, user_errors=(ValueError, OSError))
+    parser.set_defaults(command=push)
 
 
 def push(arguments: argparse.Namespace) -> None:
@@ -127,7 +127,7 @@ The folder loads without the Hub, after `import timm_sape2`:
     parser.add_argument('source', metavar='OWNER/NAME[@REVISION]', help='the model')
     parser.add_argument('folder', metavar='FOLDER', nargs='?', type=Path, help='where to (default: NAME)')
     parser.add_argument('--overwrite', action='store_true', help='replace files that differ')
-    parser.set_defaults(command=run_pull, user_errors=(ValueError, OSError))
+    parser.set_defaults(command=run_pull)
 
 
 def run_pull(arguments: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ examples:
     )
     parser.add_argument('source', metavar='OWNER/NAME[@REVISION]', help='the model')
     parser.add_argument('--folder', metavar='FOLDER', type=Path, help='where it was pulled to (default: the cache)')
-    parser.set_defaults(command=run_verify, user_errors=(ValueError, OSError))
+    parser.set_defaults(command=run_verify)
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
@@ -176,7 +176,7 @@ examples:
   timm-sape2 hub card hub_configs/*""",
     )
     parser.add_argument('folders', metavar='FOLDER', nargs='+', type=Path, help='folder with config.json')
-    parser.set_defaults(command=write_cards, user_errors=(ValueError, OSError))
+    parser.set_defaults(command=write_cards)
 
 
 def write_cards(arguments: argparse.Namespace) -> None:

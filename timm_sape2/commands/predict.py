@@ -43,7 +43,7 @@ examples:
     add_model_arguments(parser)
     parser.add_argument('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images at a time (64)')
     parser.add_argument('--device', metavar='DEVICE', help='cpu, cuda or cuda:N (default: cuda if there is one)')
-    parser.set_defaults(command=run_predict, user_errors=(ValueError, OSError))
+    parser.set_defaults(command=run_predict)
 
 
 def run_predict(arguments: argparse.Namespace) -> int | None:

@@ -57,7 +57,4 @@ def run(arguments: argparse.Namespace) -> None:
     """Run a study."""
     set_up_logging()
     study = arguments.study(arguments, arguments.flags)
-    try:
-        run_study(study, Path(arguments.output, arguments.experiment), provenance.command())
-    except OSError as error:
-        raise ValueError(str(error)) from error
+    run_study(study, Path(arguments.output, arguments.experiment), provenance.command())

@@ -58,7 +58,7 @@ metrics.json for the model card.""",
         '--confusion-matrix', type=Path, metavar='PNG', help='draw what the images of each class are taken for'
     )
     parser.add_argument('--json', metavar='FILE', help='write the numbers to FILE, - is the standard output')
-    parser.set_defaults(command=validate, user_errors=(ValueError, OSError))
+    parser.set_defaults(command=validate)
 
 
 def validate(arguments: argparse.Namespace) -> None:

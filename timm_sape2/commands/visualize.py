@@ -91,11 +91,8 @@ def visualize(arguments: argparse.Namespace) -> None:
     check_suffix('--output', output, suffix)
     if not arguments.html:
         check_matplotlib()
-    try:
-        check_writable(output.parent)
-        trained = named_model(arguments)
-    except OSError as error:
-        raise ValueError(str(error)) from error
+    check_writable(output.parent)
+    trained = named_model(arguments)
     images = list(dict.fromkeys(arguments.images))
     if arguments.html:
         page = html_page(arguments, trained, images)
