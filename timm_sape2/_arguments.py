@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from timm.utils import ParseKwargs
 
+from ._files import check_writable
 from ._names import did_you_mean
 
 
@@ -40,10 +41,13 @@ def loader_processes(text: str) -> int:
     return min(int(whole_number(text)), cores)
 
 
-def check_suffix(flag: str, path: Path, suffix: str) -> None:
-    """Raise a ValueError if the file of a flag does not end in a suffix, in small letters or capitals."""
-    if path.suffix.lower() != suffix:
+def check_file(flag: str, path: Path, suffix: str = '') -> None:
+    """Raise an error if the file of a flag cannot be written, or does not end in a suffix, capitals or not."""
+    if suffix and path.suffix.lower() != suffix:
         raise ValueError(f'{flag} must end in {suffix}, not {path}')
+    if path.is_dir():
+        raise ValueError(f'{flag} must be a file, but {path} is a folder')
+    check_writable(path.parent)
 
 
 class KeyValues(ParseKwargs):

@@ -102,6 +102,10 @@ def test_errors(refusal, tmp_path, given, monkeypatch):
     (tmp_path / 'file').write_text('')
     message = refusal('export', 'test_vit_sape2', '--output', 'file/model.onnx')
     assert message.startswith('cannot write to the output folder file')
+    (tmp_path / 'folder.onnx').mkdir()
+    message = refusal('export', 'test_vit_sape2', '--output', 'folder.onnx')
+    assert message == '--output must be a file, but folder.onnx is a folder'
+    (tmp_path / 'folder.onnx').rmdir()
     monkeypatch.setattr('timm_sape2.trained.export.PACKAGES', ('onnxlost',))
     assert refusal('export', 'test_vit_sape2') == "export needs onnxlost: pip install 'timm_sape2[export]'"
     assert not given and [path.name for path in tmp_path.iterdir()] == ['file']

@@ -106,6 +106,7 @@ def test_a_reader_that_stops_early(folder, image):
         (['{image}', '--contact-sheet', '{image}/sheet.png'], 'cannot write to the output folder {image}'),
         (['{image}', '--contact-sheet', 'sheet.jpg'], '--contact-sheet must end in .png, not sheet.jpg'),
         (['{image}', '--json', '{image}/found.json'], 'cannot write to the output folder {image}'),
+        (['{image}', '--json', '{image.parent}'], '--json must be a file, but {image.parent} is a folder'),
     ],
 )
 def test_errors(folder, image, capsys, arguments, message):

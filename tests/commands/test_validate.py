@@ -146,6 +146,9 @@ class TestErrors:
         message = f'cannot write to the output folder {tmp_path}/file'
         assert refusal(capsys, checkpoint, *data, tmp_path / 'file' / 'c.png').startswith(message)
         assert refusal(capsys, checkpoint, '--data-dir', photos, '--json', tmp_path / 'file' / 'm').startswith(message)
+        (tmp_path / 'c.png').mkdir()
+        message = f'--confusion-matrix must be a file, but {tmp_path}/c.png is a folder'
+        assert refusal(capsys, checkpoint, *data, tmp_path / 'c.png') == message
         monkeypatch.setitem(sys.modules, 'matplotlib', None)
         message = "plots need matplotlib: pip install 'timm_sape2[studies]'"
         assert refusal(capsys, checkpoint, *data, 'c.png') == message

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from timm.models import is_model
 
-from .._arguments import check_suffix
-from .._files import check_writable
+from .._arguments import check_file
 from ..trained.export import check_packages, export_onnx
 from ..trained.opening import TrainedModel, shipped_folder
 from ..training.console import set_up_logging
@@ -59,8 +58,7 @@ def export(arguments: argparse.Namespace) -> None:
     set_up_logging()
     check_packages()
     output: Path = arguments.output
-    check_suffix('--output', output, '.onnx')
-    check_writable(output.parent)
+    check_file('--output', output, '.onnx')
     if arguments.dynamic_size:
         arguments.model_kwargs = {'dynamic_img_size': True, **arguments.model_kwargs}
     trained = model_to_export(arguments)

@@ -6,8 +6,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .._arguments import check_suffix, positive_int
-from .._files import atomic_write, check_writable
+from .._arguments import check_file, positive_int
+from .._files import atomic_write
 from ..trained.prediction import check_contact_sheet, contact_sheet, find_images, predict
 from ..training.hardware import device_name
 from .model_arguments import add_model_arguments, open_named_model
@@ -52,8 +52,7 @@ def run_predict(arguments: argparse.Namespace) -> int | None:
     paths = find_images(arguments.images)
     if arguments.contact_sheet:
         check_contact_sheet(len(paths))
-        check_suffix('--contact-sheet', arguments.contact_sheet, '.png')
-        check_writable(arguments.contact_sheet.parent)
+        check_file('--contact-sheet', arguments.contact_sheet, '.png')
     check_json(arguments.json)
     trained = open_named_model(arguments, arguments.source)
     if trained.class_names is None:

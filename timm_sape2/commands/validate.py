@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import _files
-from .._arguments import FLAG, check_suffix, loader_processes, positive_int
-from .._files import atomic_write, check_writable
+from .._arguments import FLAG, check_file, loader_processes, positive_int
+from .._files import atomic_write
 from ..data.datasets import class_names, open_split
 from ..studies.runner import check_matplotlib
 from ..trained.accuracy import measure_accuracy
@@ -65,7 +65,8 @@ def validate(arguments: argparse.Namespace) -> None:
     """Measure and report."""
     device, picture = device_name(arguments.device), arguments.confusion_matrix
     if picture is not None:
-        check_picture(picture)
+        check_matplotlib()
+        check_file('--confusion-matrix', picture, '.png')
     check_json(arguments.json)
     trained = open_named_model(arguments, arguments.source)
     in_chans = trained.data_config['input_size'][0]
@@ -99,17 +100,10 @@ def validate(arguments: argparse.Namespace) -> None:
         write_json(metrics, arguments.json)
 
 
-def check_picture(path: Path) -> None:
-    """Raise an error if a picture cannot be drawn and written there."""
-    check_matplotlib()
-    check_suffix('--confusion-matrix', path, '.png')
-    check_writable(path.parent)
-
-
 def check_json(target: str | None) -> None:
-    """Raise an OSError if `write_json` could not write there."""
+    """Raise an error if `write_json` could not write there."""
     if target not in (None, '-'):
-        check_writable(Path(target).parent)
+        check_file('--json', Path(target))
 
 
 def write_json(content: Any, target: str) -> None:

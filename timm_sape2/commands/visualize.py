@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .._arguments import check_suffix, whole_number
-from .._files import atomic_write, check_writable
+from .._arguments import check_file, whole_number
+from .._files import atomic_write
 from ..studies.bias_maps.drawing import DPI
 from ..studies.bias_maps.of_images import bias_maps, chosen_blocks, chosen_heads, chosen_patches, see_images
 from ..studies.bias_maps.page import PageImage, bias_page, check_page_size
@@ -88,10 +88,9 @@ def visualize(arguments: argparse.Namespace) -> None:
     set_up_logging()
     suffix = '.html' if arguments.html else '.png'
     output: Path = arguments.output or Path(f'bias_maps{suffix}')
-    check_suffix('--output', output, suffix)
+    check_file('--output', output, suffix)
     if not arguments.html:
         check_matplotlib()
-    check_writable(output.parent)
     trained = named_model(arguments)
     images = list(dict.fromkeys(arguments.images))
     if arguments.html:
