@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, clean_state_dict, get_pretrained_cfg
 from torch import Tensor
 
+from ..models.equip import SOURCES
 from .encodings import Encodings, encodings_by_name
 
 WEIGHTS = ('state_dict', 'model')
@@ -19,8 +22,8 @@ AVERAGES = ('state_dict_ema', 'model_ema')
 PREPROCESSING = ('mean', 'std', 'crop_pct', 'interpolation')
 # What a pretrained_cfg says of weights, wherever they go: not where they come from, nor of the model they were in.
 ABOUT_WEIGHTS = {field.name for field in dataclasses.fields(PretrainedCfg)} - {
-    *('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load', 'architecture'),
-    *('min_input_size', 'fixed_input_size', 'pool_size', 'test_pool_size', 'first_conv', 'classifier'),
+    *SOURCES,
+    *('architecture', 'min_input_size', 'fixed_input_size', 'pool_size', 'test_pool_size', 'first_conv', 'classifier'),
 }
 
 
@@ -179,7 +182,10 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> dict[st
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint {path}')
     if path.suffix == '.safetensors':
-        return _read_safetensors(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f'{path} is truncated or no checkpoint') from error
     path.open('rb').close()
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -191,16 +197,6 @@ def read_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> dict[st
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{path} holds no weights but a {type(checkpoint).__name__}')
     return checkpoint
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f'{path} is truncated or no checkpoint') from error
 
 
 def _names(names: Any) -> list[str] | None:

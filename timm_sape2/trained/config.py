@@ -10,20 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    get_model_input_config,
-    is_model,
-    is_model_in_modules,
-)
+from timm.models import PretrainedCfg, build_model_with_cfg, get_model_input_config, is_model, is_model_in_modules
+
+from ..models.equip import SOURCES
 
 PLUGIN = 'timm_sape2'
 MODULE = 'vision_transformer_sape2'  # by which timm's registry knows the models of this package
 REQUIRED = {'architecture': str, 'num_classes': int, 'num_features': int, 'model_args': dict, 'pretrained_cfg': dict}
 OPTIONAL = {'global_pool': str, 'label_names': list, 'label_descriptions': dict, 'plugin': str}
-WEIGHT_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
-PRETRAINED_CFG = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(WEIGHT_SOURCES) | {'custom_load'}
+PRETRAINED_CFG = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(SOURCES) | {'custom_load'}
 PREPROCESSING = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
 # Arguments of timm's factory, which say where weights come from and what is built around the model, and of the model
 # those that are code or belong to the machine.
@@ -132,7 +127,7 @@ def _check_model_args(model_args: dict[str, Any]) -> None:
 
 
 def _check_pretrained_cfg(cfg: dict[str, Any]) -> None:
-    sources = [key for key in WEIGHT_SOURCES if cfg.get(key)]
+    sources = [key for key in SOURCES if cfg.get(key)]
     if sources:
         raise ValueError(
             f'config.json: pretrained_cfg names another source of weights, {", ".join(map(repr, sources))}; '

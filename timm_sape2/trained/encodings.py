@@ -17,11 +17,12 @@ from torch import nn
 
 from ..models.vit import PositionVisionTransformer
 from ..positions import ENCODINGS, valid_options
+from .config import MODULE
 
 Encodings: TypeAlias = dict[str, dict[str, Any]]
 """Options by name, without those that may differ after training; {} is no encoding."""
 
-MODULES = ['vision_transformer_sape2', 'vision_transformer', 'eva']  # models whose encodings are known
+MODULES = [MODULE, 'vision_transformer', 'eva']  # models whose encodings are known
 
 
 def encodings_of(model: nn.Module) -> Encodings | None:

@@ -19,6 +19,7 @@ from timm.models import get_model_input_config, get_pretrained_cfg, is_model, li
 
 from .._names import close_names
 from ..models.convert import checkpoint_filter_fn
+from ..models.equip import SOURCES
 from ..models.vit import PositionVisionTransformer
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import MODULE, PLUGIN, is_ours, load_config
@@ -220,8 +221,8 @@ def _create_to_train(
 ) -> Any:
     arguments = dict(kwargs) | ({} if img_size is None else {'img_size': img_size})
     added = check_encodings(checkpoint.encodings(), encodings_by_name(name, arguments), may_add=True)
-    elsewhere = dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source'))
-    overlay = {**checkpoint.describe(name), **elsewhere, 'state_dict': weights, 'custom_load': False}
+    given = {**dict.fromkeys(SOURCES), 'state_dict': weights, 'custom_load': False}
+    overlay = {**checkpoint.describe(name), **given}
     model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     del model.pretrained_cfg['state_dict']
     if added:
