@@ -62,9 +62,12 @@ def test_any_number_of_heads_sees_itself_and_every_head_sees_something_else(head
     assert (found[:, 12] > -1000).sum(1).min() >= 6  # of 25, an eighth of the plane with its borders
 
 
-def test_patches_out_of_view_get_no_weight_even_in_half_precision():
-    weights = (bias(HOST, (3, 4)).half() + 10 * torch.randn(12, 12, 12).half()).softmax(-1)
-    assert ((weights == 0) | (bias(HOST, (3, 4)) > -1000)).all()
+@pytest.mark.parametrize('slope', [1e-4, 1.0, 100.0])
+@pytest.mark.parametrize('block', [0, 1])
+def test_patches_out_of_view_get_no_weight_even_in_half_precision(block, slope):
+    host = HOST._replace(block=block)
+    weights = (bias(host, (3, 4), slope=slope).half() + 10 * torch.randn(12, 12, 12).half()).softmax(-1)
+    assert ((weights == 0) | (bias(host, (3, 4)) > -1000)).all()
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,9 @@ class DirectedBias(PositionEncoding):
         self.view = view
         self.directed = host.num_heads - undirected
         slopes = [2.0 ** -(1 + h // DIRECTIONS[view]) for h in range(self.directed)]
-        self.slopes = slopes + [4.0 ** -(1 + h * 4 // max(undirected, 4)) for h in range(undirected)]
-        progress = (host.block or 0) / max(host.depth - 1, 1)
-        self.factor = float(slope) * (1.5 - progress)
+        slopes += [4.0 ** -(1 + h * 4 // max(undirected, 4)) for h in range(undirected)]
+        self.slopes = [slope * head_slope for head_slope in slopes]
+        self.factor = 1.5 - (host.block or 0) / max(host.depth - 1, 1)
 
     def prepare(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
         return directed_penalty(grid, self.view, self.directed, self.slopes, device)
