@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Attention, resample_abs_pos_embed
 from timm.models import save_for_hf
 
 from timm_sape2 import PositionVisionTransformer, equip, why_not_equip
@@ -136,6 +136,19 @@ def test_what_cannot_be_equipped_is_refused_by_name_and_unchanged(name):
     assert re.search(REFUSED[name], why_not_equip(model))
 
 
+def test_a_model_inside_another_is_named():
+    features = timm.create_model('vit_tiny_patch16_224', features_only=True, device='meta')
+    assert why_not_equip(features).endswith("FeatureGetterNet, not timm's VisionTransformer; its .model is one")
+    assert why_not_equip('vit_tiny_patch16_224') == "it is builtins.str, not timm's VisionTransformer"
+
+
+def test_heads_of_another_width_are_refused():
+    model = base('vit_tiny_patch16_224')
+    model.blocks[1].attn = Attention(64, num_heads=2, attn_head_dim=12)
+    with pytest.raises(ValueError, match='its heads have 12 channels, not embed_dim / num_heads'):
+        equip(model, 'learned+sape2')
+
+
 def test_the_same_encodings_again_change_nothing():
     model = equip(base('vit_tiny_patch16_224'), 'learned+sape2')
     table = model.blocks[0].attn.position.sape2.row_table
@@ -208,6 +221,8 @@ class TestByName:
     def test_unknown_base_gets_a_hint(self):
         with pytest.raises(ValueError, match=r'not a vision transformer of timm; close names: .*vit_tiny_patch16_224'):
             timm.create_model('vit_equipped', base='vit_tiny_patch16_225')
+        with pytest.raises(ValueError, match=r"base='vit_equipped' is not .*; close names: (?!.*vit_equipped)"):
+            timm.create_model('vit_equipped', base='vit_equipped')
 
     def test_base_that_cannot_be_equipped_says_why(self):
         with pytest.raises(ValueError, match='Cannot equip Eva'):

@@ -70,12 +70,17 @@ def why_not_equip(model: nn.Module) -> str | None:
         return f"it has position='{model.position_name}' already; create it anew with the other encoding"
     if type(model) is not VisionTransformer:
         kin = ', a relative of it' if isinstance(model, VisionTransformer) else ''
-        return f"it is {type(model).__module__}.{type(model).__name__}{kin}, not timm's VisionTransformer"
+        children = model.named_children() if isinstance(model, nn.Module) else ()
+        inside = [name for name, child in children if type(child) is VisionTransformer]
+        hint = f'; its .{inside[0]} is one' if inside else ''
+        return f"it is {type(model).__module__}.{type(model).__name__}{kin}, not timm's VisionTransformer{hint}"
     for block in model.blocks:
         if type(block) is not Block:
             return f"its blocks are {type(block).__name__}, not timm's Block"
         if type(block.attn) is not Attention:
             return f"its attention is {type(block.attn).__name__}, not timm's Attention"
+        if block.attn.attn_dim != model.embed_dim:
+            return f'its heads have {block.attn.head_dim} channels, not embed_dim / num_heads'
     return None
 
 

@@ -214,7 +214,7 @@ def vit_equipped(
     """
     architecture, _ = split_model_name_tag(base)
     if not is_model(architecture) or architecture == 'vit_equipped':
-        close = close_names(architecture, list_models('*vit*'))
+        close = close_names(architecture, list_models('*vit*', exclude_filters='vit_equipped'))
         raise ValueError(f'base={base!r} is not a vision transformer of timm{close}.')
     cfg = resolve_pretrained_cfg('vit_equipped', pretrained_cfg, pretrained_cfg_overlay)
     if cfg.tag == 'untrained':
