@@ -216,6 +216,14 @@ class TestOtherSize:
             same_grid = load(overlay, img_size=(56, 72), position_args=scaled)(images)
             torch.testing.assert_close(same_grid, load(overlay, img_size=(56, 72))(images))
 
+    def test_scaled_distances_are_dropped_with_a_warning(self, tmp_path, caplog):
+        state, overlay = source(tmp_path, position_args={'sape2': {'distance_scale': 'grid'}})
+        plain = load(overlay, img_size=(56, 72)).state_dict()
+        assert plain and all(torch.equal(value, state[key]) for key, value in plain.items())
+        assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+            'Dropped: blocks.*.attn.position.sape2.reference_grid.'
+        ]
+
 
 class TestSources:
     """The same adaptation through a file, a local folder and the Hub's cache."""
@@ -379,11 +387,6 @@ class TestMisfits:
         _, overlay = source(tmp_path)
         with pytest.raises(ValueError, match=message):
             load(overlay, **dict(dict(img_size=(56, 72)), **target))
-
-    def test_scaled_distances_are_not_dropped(self, tmp_path):
-        _, overlay = source(tmp_path, position_args={'sape2': {'distance_scale': 'grid'}})
-        with pytest.raises(ValueError, match=r'unexpected keys: .*reference_grid'):
-            load(overlay, img_size=(56, 72))
 
     @pytest.mark.parametrize('in_chans', [1, 4])
     def test_undeclared_channels(self, tmp_path, in_chans):

@@ -19,8 +19,8 @@ def checkpoint(tmp_path):
     """Function that writes a checkpoint of a model on 48x64 images, with the given arguments of the run."""
 
     def write(name='last.pth.tar', **args):
-        model = timm.create_model('test_vit_sape2', img_size=(48, 64), num_classes=3, depth=2)
         run = {'model': 'test_vit_sape2', 'model_kwargs': {'depth': 2}, 'input_size': (3, 48, 64), **args}
+        model = timm.create_model('test_vit_sape2', **{'img_size': (48, 64), 'num_classes': 3, **run['model_kwargs']})
         torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(**run), 'epoch': 4}, tmp_path / name)
         return tmp_path / name, model.eval()
 
@@ -80,15 +80,18 @@ class TestCheckpoint:
         images = torch.randn(2, 3, 48, 64)
         assert torch.equal(open_model(str(path), model_kwargs=kwargs).model(images), model(images))
 
-    def test_options_of_the_encoding(self, checkpoint):
-        """Those that change nothing on the grid of training are free."""
-        path, model = checkpoint()
-        message = error(str(path), model_kwargs={'position_args': {'sape2': {'target': 'q', 'axes': 'x'}}})
-        assert message.endswith("it was trained with sape2 axes='xy', not 'x', sape2 target='k', not 'q'")
-        free = {'position_args': {'sape2': {'distance_scale': 'grid', 'recompute': True}}}
+    @pytest.mark.parametrize(('trained', 'asked'), [('none', 'grid'), ('grid', 'none')])
+    def test_options_that_change_nothing_on_the_grid_of_training_are_free(self, checkpoint, trained, asked):
+        path, model = checkpoint(model_kwargs={'position_args': {'sape2': {'distance_scale': trained}}})
+        free = {'position_args': {'sape2': {'distance_scale': asked, 'recompute': True}}}
         images = torch.randn(2, 3, 48, 64)
         with torch.no_grad():
             torch.testing.assert_close(open_model(str(path), model_kwargs=free).model(images), model(images))
+
+    def test_options_of_the_encoding(self, checkpoint):
+        path, _ = checkpoint()
+        message = error(str(path), model_kwargs={'position_args': {'sape2': {'target': 'q', 'axes': 'x'}}})
+        assert message.endswith("it was trained with sape2 axes='xy', not 'x', sape2 target='k', not 'q'")
 
     def test_plain_timm_becomes_one_of_ours(self, tmp_path):
         """timm's models do not say their encoding, and their weights are converted."""

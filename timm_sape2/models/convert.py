@@ -230,7 +230,7 @@ def position_embedding_grid(num_tokens: int, declared: Grid | None, target: Grid
 
 def adapt_encodings(state_dict: StateDict, model: VisionTransformer, source_grid: Grid | None) -> None:
     """Let every encoding convert its entries, and give encodings that the checkpoint lacks their initial values."""
-    initial = model.state_dict()
+    initial, given = model.state_dict(), list(state_dict)
     added = []
     for name, module in model.named_modules():
         if not isinstance(module, PositionEncoding):
@@ -239,10 +239,12 @@ def adapt_encodings(state_dict: StateDict, model: VisionTransformer, source_grid
         module.adapt_state_dict(state_dict, prefix, source_grid)
         if not any(key.startswith(prefix) for key in state_dict):
             added += [key for key in initial if key.startswith(prefix)]
-    if added:
-        state_dict.update({key: initial[key] for key in added})
-        names = dict.fromkeys(re.sub(r'\bblocks\.\d+\.', 'blocks.*.', key) for key in added)
-        _logger.warning(f'Not in the checkpoint, kept at their initial values: {", ".join(names)}.')
+    state_dict.update({key: initial[key] for key in added})
+    dropped = [key for key in given if key not in state_dict]
+    for keys, what in ((added, 'Not in the checkpoint, kept at their initial values'), (dropped, 'Dropped')):
+        names = dict.fromkeys(re.sub(r'\bblocks\.\d+\.', 'blocks.*.', key) for key in keys)
+        if names:
+            _logger.warning(f'{what}: {", ".join(names)}.')
 
 
 def check_fit(state_dict: StateDict, model: VisionTransformer) -> None:

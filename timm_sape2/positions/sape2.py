@@ -199,9 +199,12 @@ class SaPE2(PositionEncoding):
         prefix: str,
         source_grid: tuple[int, int] | None,
     ) -> None:
-        """Give a checkpoint that was trained with `distance_scale='none'` its own grid as the reference."""
+        """Give a checkpoint that was trained with `distance_scale='none'` its own grid as the reference, or drop it."""
+        if self.reference_grid is None:
+            state_dict.pop(f'{prefix}reference_grid', None)
+            return
         has_tables = any(f'{prefix}{name}' in state_dict for name in ('row_table', 'column_table'))
-        if self.reference_grid is not None and has_tables and source_grid is not None:
+        if has_tables and source_grid is not None:
             state_dict.setdefault(f'{prefix}reference_grid', torch.tensor(source_grid))
 
 
