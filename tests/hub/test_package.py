@@ -176,6 +176,11 @@ class TestRefusals:
         message = f'{tmp_path}/metrics.json was measured on other weights: run `timm-sape2 validate --json` on these'
         assert error(tmp_path / 'out', trained, 'owner/vit', metrics=tmp_path / 'metrics.json') == message
 
+    def test_metrics_that_are_not_there(self, trained, package, tmp_path):
+        for model in (trained, open_model(str(package))):
+            with pytest.raises(FileNotFoundError, match=r'no file .*/none\.json'):
+                write_package(tmp_path / 'out', model, 'owner/vit', metrics=tmp_path / 'none.json')
+
     def test_recipes_that_train_py_does_not_take(self, trained, tmp_path):
         (tmp_path / 'train.yaml').write_text('epochz: 3\n')
         message = f"{tmp_path}/train.yaml: unknown key 'epochz' (did you mean 'epochs'?)"
