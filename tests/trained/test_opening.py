@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
 
-from timm_sape2.trained.opening import fingerprint, open_model
+from timm_sape2.trained.opening import fingerprint, open_model, split_revision
 
 
 @pytest.fixture
@@ -352,3 +352,16 @@ def test_fingerprint_is_of_names_and_values():
     with torch.no_grad():
         model.head.bias[0] += 1e-7
     assert len(first) == 64 and fingerprint(model) != first
+
+
+@pytest.mark.parametrize(
+    ('source', 'parts'),
+    [
+        ('owner/vit', ('owner/vit', None)),
+        ('hf-hub:owner/vit@v1', ('owner/vit', 'v1')),
+        ('owner/vit@refs/pr/1', ('owner/vit', 'refs/pr/1')),
+        ('owner/vit@', ('owner/vit', None)),
+    ],
+)
+def test_split_revision(source, parts):
+    assert split_revision(source) == parts

@@ -5,13 +5,12 @@ import tempfile
 from pathlib import Path
 
 from ..hub.card import write_card
-from ..hub.files import split_revision
 from ..hub.package import write_package
 from ..hub.pull import pull
 from ..hub.push import check_can_push, push_folder
 from ..hub.verify import verify
 from ..trained.config import read_config
-from ..trained.opening import REPOSITORY
+from ..trained.opening import REPOSITORY, split_revision
 from .model_arguments import add_model_arguments, open_named_model
 from .parser import Commands
 

@@ -20,12 +20,6 @@ def hub_api() -> HfApi:
     return HfApi(library_name='timm_sape2', library_version=__version__)
 
 
-def split_revision(source: str) -> tuple[str, str | None]:
-    """Split 'OWNER/NAME@REVISION', with 'hf-hub:' before it or not, in two; without a revision, the second is None."""
-    repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
-    return repo_id, revision or None
-
-
 def compare_files(folder: Path, record: Iterable[Any]) -> list[str]:
     """Return the names of the files that differ from the Hub's record, or are missing on one side.
 

@@ -9,7 +9,8 @@ from huggingface_hub import constants, snapshot_download
 from .._files import atomic_write
 from ..trained.config import PLUGIN, is_ours, load_config
 from ..trained.errors import explained
-from .files import FILES, NEEDED, compare_files, hub_api, split_revision
+from ..trained.opening import split_revision
+from .files import FILES, NEEDED, compare_files, hub_api
 
 
 def pull(source: str, folder: Path | None = None, overwrite: bool = False) -> Path:

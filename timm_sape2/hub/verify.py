@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
 
 from ..trained.errors import explained
-from ..trained.opening import open_model
-from .files import FILES, compare_files, hub_api, split_revision
+from ..trained.opening import open_model, split_revision
+from .files import FILES, compare_files, hub_api
 from .probe import PROBE, TOLERANCE, largest_difference, probe_logits
 
 

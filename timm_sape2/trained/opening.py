@@ -170,6 +170,12 @@ def checkpoint_file(source: str) -> Path | None:
     return None
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Split 'OWNER/NAME@REVISION', with 'hf-hub:' before it or not, in two; without a revision, the second is None."""
+    repo_id, _, revision = source.removeprefix('hf-hub:').partition('@')
+    return repo_id, revision or None
+
+
 def shipped_folder(name: str) -> Path | None:
     """Return the folder of the weights that come with this package for the name of a model, None if there are none."""
     cfg = get_pretrained_cfg(name) if is_ours(name.partition('.')[0]) else None
@@ -243,10 +249,10 @@ def _create_timms_own(source: str, kwargs: Mapping[str, Any], img_size: tuple[in
 def _with_prefix(source: str) -> str:
     if Path(source).is_dir():
         return f'local-dir:{source}'
-    if REPOSITORY.fullmatch(source.partition('@')[0]):
-        return f'hf-hub:{source}'
     if ':' in source:
         return source
+    if REPOSITORY.fullmatch(split_revision(source)[0]):
+        return f'hf-hub:{source}'
     folder = shipped_folder(source)
     if folder is None:
         names = ', '.join(list_models(module=MODULE, pretrained=True))
@@ -287,5 +293,5 @@ def _read_weights(source: str, config: Mapping[str, Any]) -> Checkpoint:
 
 
 def _download(place: str, name: str) -> Path:
-    repo_id, _, revision = place.partition('@')
-    return Path(hf_hub_download(repo_id, name, revision=revision or None))
+    repo_id, revision = split_revision(place)
+    return Path(hf_hub_download(repo_id, name, revision=revision))
