@@ -101,5 +101,11 @@ def test_the_card_has_the_logits_of_the_metrics_file(package):
         assert f'| class {index} | {value:.4f} |\n' in card + '\n'
 
 
+def test_a_folder_that_is_not_there(hub, tmp_path):
+    message = f'{tmp_path}/vit is not a folder; `timm-sape2 hub pull owner/vit {tmp_path}/vit` makes it'
+    assert error('owner/vit', tmp_path / 'vit') == message
+    assert hub.log == []
+
+
 def test_missing_repository(hub):
     assert error('owner/none').startswith(f'owner/none: there is no such repository on {hub.url}')

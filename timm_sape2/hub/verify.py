@@ -27,6 +27,8 @@ def verify(source: str, folder: Path | None = None) -> tuple[Path, float]:
     Raises:
         ValueError: If a file or the logits differ, there is nothing to compare with, or the Hub cannot be reached.
     """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f'{folder} is not a folder; `timm-sape2 hub pull {source} {folder}` makes it')
     repo_id, revision = split_revision(source)
     with explained(source):
         commit = hub_api().model_info(repo_id, revision=revision).sha
