@@ -42,7 +42,10 @@ def test_card_is_written_anew(tmp_path, capsys, request):
     assert (folder / 'README.md').read_text() == expected
 
 
-def test_card_of_what_is_no_configuration(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(['hub', 'card', str(tmp_path)])
-    assert 'config.json' in capsys.readouterr().err
+def test_card_of_what_is_no_configuration(tmp_path, refusal):
+    config = tmp_path / 'config.json'
+    assert str(config) in refusal('hub', 'card', str(tmp_path))
+    config.write_text('{')
+    assert refusal('hub', 'card', str(tmp_path)).startswith(f'{tmp_path}: config.json is not JSON: ')
+    config.write_text('{"architecture": "vit_tiny_patch16_224"}')
+    assert refusal('hub', 'card', str(tmp_path)) == f'{tmp_path} is not a model of timm_sape2'

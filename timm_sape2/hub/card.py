@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 from .._files import atomic_write
 from .._shipped import WEIGHTS, shipped
 from .._table import markdown_table
-from ..trained.config import PLUGIN, check_config, model_arguments, read_config
+from ..trained.config import PLUGIN, is_ours, load_config, model_arguments
 from ..training.recipe import read_recipe
 from .probe import PROBE
 
@@ -54,8 +54,9 @@ def write_card(folder: Path, repo_id: str | None = None) -> None:
 
 def make_card(folder: Path, repo_id: str | None = None) -> str:
     """Return the text of the card, see `write_card`."""
-    config = read_config(folder / 'config.json')
-    check_config(config)
+    config = load_config(folder / 'config.json', str(folder))
+    if not is_ours(config['architecture']):
+        raise ValueError(f'{folder} is not a model of {PLUGIN}')
     metrics = read_metrics(folder / 'metrics.json')
     cfg, options = config['pretrained_cfg'], config['model_args'].get('position_args')
     model: Any = timm.create_model(config['architecture'], device='meta', **model_arguments(config))
