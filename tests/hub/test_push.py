@@ -157,6 +157,13 @@ class TestRefusals:
     def test_names_that_are_none(self, hub, checkpoint, refusal, name):
         assert refusal(checkpoint, '--to', name) == f'the name of a repository is OWNER/NAME, not {name!r}'
 
+    @pytest.mark.parametrize(('content', 'problem'), [(b'caf\xe9\n', 'is not text in UTF-8'), (b' \n', 'is empty')])
+    def test_names_of_classes_that_are_none(self, hub, checkpoint, refusal, tmp_path, content, problem):
+        (tmp_path / 'names.txt').write_bytes(content)
+        message = f'--class-names {tmp_path}/names.txt {problem}'
+        assert refusal(checkpoint, '--to', REPO, '--class-names', tmp_path / 'names.txt') == message
+        assert hub.log == []
+
     def test_the_server_gone(self, hub, checkpoint, refusal, no_waiting):
         hub.stop()
         message = f'the connection to {hub.url} broke off; try again, what has arrived is kept'

@@ -82,10 +82,10 @@ def push(arguments: argparse.Namespace) -> None:
     """Package a checkpoint and send it."""
     repo_id = arguments.to
     check_repository_name(repo_id)
+    names = read_class_names(arguments.class_names) if arguments.class_names else None
     if not arguments.dry_run:
         check_can_push(repo_id, arguments.private)
     trained = open_named_model(arguments, arguments.checkpoint)
-    names = read_class_names(arguments.class_names) if arguments.class_names else None
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path('output', 'hub', repo_id.partition('/')[2]) if arguments.dry_run else Path(temporary)
         folder = arguments.folder or kept
@@ -192,4 +192,11 @@ def check_repository_name(repo_id: str) -> None:
 
 def read_class_names(path: Path) -> list[str]:
     """Read the names of classes, one a line."""
-    return [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'--class-names {path} is not text in UTF-8') from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f'--class-names {path} is empty')
+    return names
