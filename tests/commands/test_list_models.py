@@ -78,6 +78,8 @@ def test_columns_are_aligned(capsys):
 
 def test_no_match(refusal):
     assert refusal('list', 'resnet*') == "no model matches 'resnet*'; 'timm-sape2 list' shows them all"
+    message = "no model with weights matches 'vit_small*'; 'timm-sape2 list --pretrained' shows them all"
+    assert refusal('list', 'vit_small*', '--pretrained') == message
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def show_models(arguments: argparse.Namespace) -> None:
     """Print a table of the models that match a pattern."""
     names = timm.list_models(arguments.pattern, module=MODULE, pretrained=arguments.pretrained)
     if not names:
-        raise ValueError(f"no model matches {arguments.pattern!r}; 'timm-sape2 list' shows them all")
+        which, flag = ('model with weights', ' --pretrained') if arguments.pretrained else ('model', '')
+        raise ValueError(f"no {which} matches {arguments.pattern!r}; 'timm-sape2 list{flag}' shows them all")
     rows: list[tuple[str, ...]] = [('model', 'position', 'input', 'patch', 'parameters')]
     if arguments.gmacs:
         rows[0] += ('GMACs',)
