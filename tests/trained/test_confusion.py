@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_sape2.trained.confusion import ClassAccuracy, Confusion
+from timm_sape2.trained.confusion import Confusion
 
 # Three cats, two of them taken for dogs; two dogs, one of them taken for an eel; no eels; a fox that is none.
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 3])
@@ -26,11 +26,13 @@ def test_counts_by_hand(confusion):
 
 
 def test_rows_by_hand(confusion):
-    assert confusion.per_class() == [
-        ClassAccuracy(0, 'cat', 3, 33.3333, 50.0, 'dog', 2),
-        ClassAccuracy(1, 'dog', 2, 50.0, 33.3333, 'eel', 1),
-        ClassAccuracy(2, 'eel', 0, None, 0.0, None, 0),
-        ClassAccuracy(3, 'fox', 1, 0.0, None, 'cat', 1),
+    rows = confusion.per_class()
+    assert list(rows[0]) == ['index', 'name', 'images', 'top1', 'precision', 'mistaken_for', 'mistaken']
+    assert [tuple(row.values()) for row in rows] == [
+        (0, 'cat', 3, 33.3333, 50.0, 'dog', 2),
+        (1, 'dog', 2, 50.0, 33.3333, 'eel', 1),
+        (2, 'eel', 0, None, 0.0, None, 0),
+        (3, 'fox', 1, 0.0, None, 'cat', 1),
     ]
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def validate(arguments: argparse.Namespace) -> None:
         **measured,
     }
     if confusion is not None and arguments.per_class:
-        metrics['per_class'] = [asdict(row) for row in confusion.per_class()]
+        metrics['per_class'] = confusion.per_class()
     if arguments.json != '-':
         low, high = metrics['top1_interval']
         print(

@@ -1,8 +1,7 @@
 """Which classes a model confuses: counts, a table and a picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,27 +14,6 @@ if TYPE_CHECKING:
 
 MOST_NUMBERS = 20  # classes up to which the picture has numbers in its cells
 MOST_NAMES = 60  # classes up to which it names them
-
-
-@dataclass(frozen=True)
-class ClassAccuracy:
-    """How well a class is recognised."""
-
-    index: int
-    name: str
-    images: int
-
-    top1: float | None
-    """Percent of its images that are taken for it, None if there are none."""
-
-    precision: float | None
-    """Percent of what is taken for it that is of it, None if nothing is."""
-
-    mistaken_for: str | None
-    """The class that most others of its images are taken for, None if there are no mistakes."""
-
-    mistaken: int
-    """How many of its images are taken for that."""
 
 
 class Confusion:
@@ -57,35 +35,36 @@ class Confusion:
         cells = targets * len(self.names) + taken_for
         self.counts += torch.bincount(cells, minlength=self.counts.numel()).view_as(self.counts).cpu()
 
-    def per_class(self) -> list[ClassAccuracy]:
-        """Return a row for each class, in their order."""
-        mistakes = self.counts.clone().fill_diagonal_(0)
-        rows = []
-        for index, name in enumerate(self.names):
-            right, images, taken = (
-                int(part) for part in (self.counts[index, index], self.counts[index].sum(), self.counts[:, index].sum())
-            )
-            worst = int(mistakes[index].argmax())
-            mistaken = int(mistakes[index, worst])
-            rows.append(
-                ClassAccuracy(
-                    index,
-                    name,
-                    images,
-                    round(100 * right / images, 4) if images else None,
-                    round(100 * right / taken, 4) if taken else None,
-                    self.names[worst] if mistaken else None,
-                    mistaken,
-                )
-            )
-        return rows
+    def per_class(self) -> list[dict[str, Any]]:
+        """Return a row for each class, in their order.
+
+        A row has 'index' and 'name' of the class, the number of its 'images', 'top1' (percent of its images that are
+        taken for it, None if there are none), 'precision' (percent of what is taken for it that is of it, None if
+        nothing is), 'mistaken_for' (the other class that most of its images are taken for, None if there is none) and
+        'mistaken' (how many these are).
+        """
+        images, taken = self.counts.sum(1).tolist(), self.counts.sum(0).tolist()
+        right = self.counts.diagonal().tolist()
+        mistaken, worst = (part.tolist() for part in self.counts.clone().fill_diagonal_(0).max(1))
+        return [
+            {
+                'index': index,
+                'name': name,
+                'images': images[index],
+                'top1': round(100 * right[index] / images[index], 4) if images[index] else None,
+                'precision': round(100 * right[index] / taken[index], 4) if taken[index] else None,
+                'mistaken_for': self.names[worst[index]] if mistaken[index] else None,
+                'mistaken': mistaken[index],
+            }
+            for index, name in enumerate(self.names)
+        ]
 
     def table(self) -> str:
         """Return the rows as text, the class that is recognised worst first."""
         rows = [('class', 'images', 'top-1', 'precision', 'most often mistaken for')]
-        for row in sorted(self.per_class(), key=lambda row: 101 if row.top1 is None else row.top1):
-            mistake = f'{row.mistaken_for} ({row.mistaken})' if row.mistaken else ''
-            rows.append((row.name, f'{row.images:,}', percent(row.top1), percent(row.precision), mistake))
+        for row in sorted(self.per_class(), key=lambda row: 101 if row['top1'] is None else row['top1']):
+            mistake = f'{row["mistaken_for"]} ({row["mistaken"]})' if row['mistaken'] else ''
+            rows.append((row['name'], f'{row["images"]:,}', percent(row['top1']), percent(row['precision']), mistake))
         return text_table(rows)
 
     def figure(self) -> 'Figure':
