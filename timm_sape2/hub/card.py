@@ -15,16 +15,20 @@ from timm.models import get_pretrained_cfg
 from .._files import atomic_write
 from .._shipped import WEIGHTS, shipped
 from .._table import markdown_table
+from ..models.flops import count_parameters
 from ..trained.config import PLUGIN, is_ours, load_config, model_arguments
 from ..training.recipe import read_recipe
 from .probe import PROBE
 
 TAGS = ['image-classification', 'timm', 'timm_sape2', 'vision-transformer', 'position-encoding']
 METRICS = {'top1': 'top-1 accuracy', 'top5': 'top-5 accuracy', 'loss': 'cross-entropy'}
-MEASURED = {'dataset': str, 'split': str, 'num_images': int, 'measured_by': str, 'weights': str, 'fingerprint': str}
-OTHER = {
-    **{'versions': dict, 'probe': dict, 'input_size': list, 'top1_interval': list, 'training': list},
-    'per_class': list,
+# What metrics.json may have, and of which type.
+MEASURED: dict[str, Any] = {
+    **dict.fromkeys(METRICS, (int, float)),
+    **dict.fromkeys(('dataset', 'split', 'measured_by', 'weights', 'fingerprint'), str),
+    **dict.fromkeys(('input_size', 'top1_interval', 'per_class', 'training'), list),
+    **dict.fromkeys(('versions', 'probe'), dict),
+    'num_images': int,
 }
 RECIPES = ('pretrain.yaml', 'train.yaml')  # in the order in which they are run
 # By the tag of a model: what its data set is called, and where the Hub has it.
@@ -71,7 +75,7 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
         position=model.position_name,
         weights=_weights(config, has_weights, is_shipped, repo_id),
         create_model=_create_model(config, folder, has_weights, is_shipped, repo_id),
-        parameters=f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}',
+        parameters=f'{count_parameters(model) / 1e6:.2f}',
         options=f', options `{json.dumps(options)}`' if options else '',
         image_size=f'{height}x{width}, {channels} {"channel" if channels == 1 else "channels"}',
         patch_size='x'.join(map(str, model.patch_embed.patch_size)),
@@ -97,11 +101,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path} is not JSON: {error}') from error
     if not isinstance(metrics, dict):
         raise ValueError(f'{path} must be a mapping, as `timm-sape2 validate --json` writes it')
-    known: dict[str, Any] = {**dict.fromkeys(METRICS, (int, float)), **MEASURED, **OTHER}
     for key, value in metrics.items():
-        if key not in known:
+        if key not in MEASURED:
             raise ValueError(f'{path}: unknown {key!r}')
-        if not isinstance(value, known[key]) or (key in METRICS and not _is_finite(value)):
+        if not isinstance(value, MEASURED[key]) or (key in METRICS and not _is_finite(value)):
             raise ValueError(f'{path}: {key} cannot be {value!r}')
     interval, training = metrics.get('top1_interval', [0, 0]), metrics.get('training', [])
     if len(interval) != 2 or not all(map(_is_finite, interval)):

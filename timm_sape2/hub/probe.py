@@ -8,6 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from ..trained.opening import TrainedModel
+from ..trained.prediction import image_mode
 
 PROBE = 'probe.png'
 TOLERANCE = 1e-3  # of the largest logit: other machines and versions of torch round in another way
@@ -28,9 +29,8 @@ def make_probe(trained: TrainedModel) -> Image.Image:
 def probe_logits(trained: TrainedModel, image: Image.Image) -> torch.Tensor:
     """Return the logits (K,) of an image, on the CPU in float32."""
     transform = create_transform(**trained.data_config, is_training=False)
-    mode = 'L' if trained.data_config['input_size'][0] == 1 else 'RGB'
     model = trained.model.to('cpu', torch.float32).eval()
-    return model(transform(image.convert(mode))[None])[0]
+    return model(transform(image.convert(image_mode(trained)))[None])[0]
 
 
 def highest_logits(logits: torch.Tensor) -> dict[int, float]:
