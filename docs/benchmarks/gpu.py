@@ -19,8 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from timm_sape2 import provenance
+from timm_sape2._arguments import positive_int
 from timm_sape2._files import atomic_write, write_json
+from timm_sape2._table import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE, FAILED, LATE, SKIPPED = 'done', 'failed', 'stopped', 'not run'
@@ -125,9 +129,8 @@ def run_part(part: Part, folder: Path, seconds_left: float) -> dict[str, object]
 
 def summary(rows: Sequence[dict[str, object]]) -> str:
     """Return a table of all parts as Markdown."""
-    lines = ['| part | result | seconds | |', '| --- | --- | --- | --- |']
-    lines += [f'| {row["part"]} | {row["result"]} | {row.get("seconds", "")} | {row.get("why", "")} |' for row in rows]
-    return '# First minutes on a GPU\n\n' + '\n'.join(lines) + '\n'
+    cells = [{name: row.get(name, '') for name in ('part', 'result', 'seconds', 'why')} for row in rows]
+    return f'# First minutes on a GPU\n\n{markdown_table(cells)}\n'
 
 
 def run_all(found: Sequence[Part], folder: Path, minutes: float) -> list[dict[str, object]]:
@@ -161,16 +164,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--output', default='output/gpu', metavar='DIR', help='folder (default: %(default)s)')
     add('--minutes', type=float, default=10, metavar='N', help='of all parts together (default: %(default)s)')
     add('--device', metavar='NAME', help='cpu, cuda or cuda:N (default: cuda, with --small a GPU if there is one)')
-    add('--smaller', type=int, default=1, metavar='N', help='divide batches by this, for GPUs with less than 80 GB')
+    add('--smaller', type=positive_int, default=1, metavar='N', help='divide batches by this, for GPUs below 80 GB')
     add('--small', action='store_true', help='every part in its smallest form, to try the script')
     args = parser.parse_args(argv)
-    import torch
 
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not args.small:
         parser.error('there is no GPU; --small tries the script on a CPU')
-    if args.smaller < 1:
-        parser.error(f'--smaller must be at least 1, got {args.smaller}')
     folder = Path(args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     machine = {
