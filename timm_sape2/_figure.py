@@ -8,6 +8,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def check_matplotlib() -> None:
+    """Raise a ValueError that says what to install if there is nothing to draw plots with."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'timm_sape2[studies]'") from None
+
+
 def new_figure(width: float = 8, height: float = 4) -> 'Figure':
     """Return an empty figure, inches wide and high, that needs no screen and that a notebook shows."""
     return _figure_class()(figsize=(width, height), layout='constrained')

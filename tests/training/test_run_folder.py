@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_sape2 import provenance
+from timm_sape2 import _figure, provenance
 from timm_sape2._files import atomic_write, check_writable, write_json
 from timm_sape2.training import run_folder
 from timm_sape2.training.run_folder import (
@@ -208,11 +208,11 @@ def test_curves_are_a_picture(folder):
 
 
 def test_without_matplotlib_the_extra_is_named_once(folder, monkeypatch, caplog):
-    run_folder._figure_class.cache_clear()
+    _figure._figure_class.cache_clear()
+    run_folder._say_what_to_install.cache_clear()
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     with caplog.at_level(logging.WARNING):
         run_folder.draw_curves(folder)
         run_folder.draw_curves(folder)
-    run_folder._figure_class.cache_clear()
     assert caplog.text.count("pip install 'timm_sape2[demo]'") == 1
     assert not (folder / 'curves.png').exists()

@@ -7,9 +7,9 @@ from typing import Any
 
 from .. import _files
 from .._arguments import FLAG, check_file, loader_processes, positive_int
+from .._figure import check_matplotlib
 from .._files import atomic_write
 from ..data.datasets import class_names, open_split
-from ..studies.runner import check_matplotlib
 from ..trained.accuracy import measure_accuracy
 from ..trained.confusion import Confusion
 from ..training.hardware import device_name

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from .._arguments import check_file, whole_number
+from .._figure import check_matplotlib
 from .._files import atomic_write
 from ..studies.bias_maps.drawing import DPI
 from ..studies.bias_maps.of_images import bias_maps, chosen_blocks, chosen_heads, chosen_patches, see_images
 from ..studies.bias_maps.page import PageImage, bias_page, check_page_size
-from ..studies.runner import check_matplotlib
 from ..trained.opening import TrainedModel
 from ..training.console import set_up_logging
 from .model_arguments import add_model_arguments, create_named_model, open_named_model

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .. import provenance
+from .._figure import check_matplotlib
 from .._files import atomic_write, check_writable, write_json
 from .study import Row, Study, Unit
 
@@ -173,14 +174,6 @@ class UnitProgress:
         if self.in_lines:
             begins = f', {name} begins' if name else ''
             _logger.info(f'{self.study}: {self.count()} of {len(self.files)} units are done{begins}')
-
-
-def check_matplotlib() -> None:
-    """Raise a ValueError that says what to install if there is nothing to draw plots with."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'timm_sape2[studies]'") from None
 
 
 def unit_names(units: Sequence[Unit]) -> list[str]:

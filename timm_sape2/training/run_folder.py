@@ -16,8 +16,11 @@ from timm.utils import trim_summary, update_summary
 from torch import nn
 
 from .. import provenance
+from .._figure import new_figure
 from .._files import atomic_write, existing_parent, write_json
 from .recipe import read_recipe
+
+_logger = logging.getLogger(__name__)
 
 
 def path_of_run(output: str, experiment: str, model: str) -> Path:
@@ -182,26 +185,23 @@ def _weights_before(path: Path) -> str | None:
     return resumed or recipe.get('initial_checkpoint') or recipe.get('pretrained_path')
 
 
-_logger = logging.getLogger(__name__)
-
-
 def draw_curves(folder: Path) -> None:
     """Draw summary.csv of a run as curves.png beside it; without matplotlib, say once how to get it."""
-    figure_class = _figure_class()
-    if figure_class is None:
+    try:
+        figure = new_figure(9, 4)
+    except ImportError:
+        _say_what_to_install()
         return
     with open(folder / 'summary.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     epochs = [int(row['epoch']) for row in rows]
-    figure = figure_class(figsize=(9, 4), layout='constrained')
-    for axes, title, columns in zip(
-        figure.subplots(1, 2),
-        ('loss', 'accuracy in %'),
-        (('train_loss', 'eval_loss'), ('eval_top1', 'eval_top5')),
-        strict=True,
-    ):
-        for column in columns:
-            axes.plot(epochs, [float(row[column]) for row in rows], marker='.', label=LABELS[column])
+    panels = {
+        'loss': {'train_loss': 'training', 'eval_loss': 'validation'},
+        'accuracy in %': {'eval_top1': 'top-1', 'eval_top5': 'top-5'},
+    }
+    for axes, (title, lines) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for column, label in lines.items():
+            axes.plot(epochs, [float(row[column]) for row in rows], marker='.', label=label)
         axes.set(title=title, xlabel='epoch')
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -210,14 +210,6 @@ def draw_curves(folder: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-LABELS = {'train_loss': 'training', 'eval_loss': 'validation', 'eval_top1': 'top-1', 'eval_top5': 'top-5'}
-
-
 @functools.cache
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.warning("No curves.png without matplotlib: pip install 'timm_sape2[demo]'")
-        return None
-    return Figure
+def _say_what_to_install() -> None:
+    _logger.warning("No curves.png without matplotlib: pip install 'timm_sape2[demo]'")

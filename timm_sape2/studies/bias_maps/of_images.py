@@ -12,9 +12,9 @@ from timm.data import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
+from ..._figure import check_matplotlib
 from ...trained.opening import TrainedModel, as_trained, evaluation_mode
 from ...trained.prediction import AnImage, image_mode, read_image
-from ..runner import check_matplotlib
 from .biases import UNSEEN_BELOW, attention_biases, blocks_with_bias, trained_blocks
 from .drawing import BiasMap, Patch, draw_bias_maps
 from .head_grid import HeadMaps, draw_head_grid
