@@ -7,7 +7,7 @@ from timm_sape2.training.hardware import check_precision, mixed_precision, set_u
 
 
 def test_one_process_on_the_cpu():
-    device, processes = set_up_device('cpu', amp=False)
+    device, processes = set_up_device('cpu')
     assert device == torch.device('cpu')
     assert processes == {'distributed': False, 'rank': 0, 'local_rank': 0, 'world_size': 1}
 
@@ -21,17 +21,21 @@ def test_mixed_precision_computes_products_in_its_type(amp, dtype):
 
 
 @pytest.mark.parametrize(
-    ('flags', 'message'),
+    ('device', 'message'),
     [
-        (('tpu', False), '--device must be cpu, cuda or cuda:N, not tpu'),
-        (('cuda:x', False), '--device must be cpu, cuda or cuda:N'),
-        (('cuda:99', False), 'no --device cuda:99'),
-        (('cpu', True, 'float16'), 'float16 needs a GPU: use bfloat16'),
+        ('tpu', '--device must be cpu, cuda or cuda:N, not tpu'),
+        ('cuda:x', '--device must be cpu, cuda or cuda:N'),
+        ('cuda:99', 'no --device cuda:99'),
     ],
 )
-def test_what_is_not_there(flags, message):
+def test_what_is_not_there(device, message):
     with pytest.raises(ValueError, match=message):
-        set_up_device(*flags)
+        set_up_device(device)
+
+
+def test_float16_needs_a_gpu():
+    with pytest.raises(ValueError, match='float16 needs a GPU: use bfloat16'):
+        mixed_precision(torch.device('cpu'), True, 'float16')
 
 
 @pytest.mark.parametrize(

@@ -9,30 +9,16 @@ from timm.utils import NativeScaler
 from timm.utils.distributed import init_distributed_device_so
 
 
-def check_device(device: str | None, amp: bool, amp_dtype: str = 'bfloat16') -> str:
-    """Return the name of the device to compute on, chosen if none is named.
-
-    Raises:
-        ValueError: If there is no such device, or it cannot do the mixed precision asked for.
-    """
-    name = device_name(device)
-    if name.partition(':')[0] == 'cpu' and amp and amp_dtype == 'float16':
-        raise ValueError('--amp-dtype float16 needs a GPU: use bfloat16 on the CPU')
-    return name
-
-
-def set_up_device(
-    device: str | None, amp: bool, amp_dtype: str = 'bfloat16'
-) -> tuple[torch.device, dict[str, int | bool]]:
+def set_up_device(device: str | None) -> tuple[torch.device, dict[str, int | bool]]:
     """Join the processes of a distributed run.
 
     Returns:
         The device of this process; and its 'rank', 'local_rank', the 'world_size', and whether it is 'distributed'.
 
     Raises:
-        ValueError: If there is no such device, or it cannot do the mixed precision asked for.
+        ValueError: If there is no such device.
     """
-    name = check_device(device, amp, amp_dtype)
+    name = device_name(device)
     if name.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -53,9 +39,15 @@ def device_name(name: str | None) -> str:
 
 
 def mixed_precision(device: torch.device, amp: bool, amp_dtype: str) -> tuple[Callable, NativeScaler | None]:
-    """Return the autocast context of `--amp`, without effect if it is off, and the loss scaler that float16 needs."""
-    autocast = partial(torch.autocast, device.type, dtype=getattr(torch, amp_dtype), enabled=amp)
+    """Return the autocast context of `--amp`, without effect if it is off, and the loss scaler that float16 needs.
+
+    Raises:
+        ValueError: If the device cannot do it.
+    """
     scaled = amp and amp_dtype == 'float16'
+    if scaled and device.type == 'cpu':
+        raise ValueError('--amp-dtype float16 needs a GPU: use bfloat16 on the CPU')
+    autocast = partial(torch.autocast, device.type, dtype=getattr(torch, amp_dtype), enabled=amp)
     return autocast, NativeScaler(device=device.type) if scaled else None
 
 

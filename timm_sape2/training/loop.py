@@ -82,7 +82,8 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
     check_trackers(args.log_wandb, args.log_tensorboard)
     hardware.check_precision(args.amp, args.model_dtype, args.model_ema)
     check_compilation(args.torchcompile, args.torchcompile_mode)
-    device, processes = hardware.set_up_device(args.device, args.amp, args.amp_dtype)
+    device, processes = hardware.set_up_device(args.device)
+    autocast, loss_scaler = hardware.mixed_precision(device, args.amp, args.amp_dtype)
     vars(args).update(processes, device=str(device))
     images_as = hardware.format_of_images(args.model_dtype, args.channels_last)
     folder = run_folder.path_of_run(args.output, args.experiment, args.model)
@@ -121,7 +122,6 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     optimizer = create_optimizer(task.trainable_module, opt_kwargs=args.opt_kwargs, **optimizer_kwargs(args))
-    autocast, loss_scaler = hardware.mixed_precision(device, args.amp, args.amp_dtype)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     start = resume.load_run(checkpoint, task, optimizer, loss_scaler) if checkpoint else ResumePoint()
     if args.torchcompile:

@@ -15,7 +15,7 @@ from ..._arguments import positive_int
 from ..._figure import new_figure
 from ..._table import markdown_table
 from ...ops import sape2 as ops
-from ...training.hardware import check_device, set_up_device
+from ...training.hardware import device_name, set_up_device
 from ..report import grouped, three_digits
 from ..study import Row, Study, Unit
 from .correctness import PREFIX, Attention, Grid, Inputs, check_attention, output_and_gradients
@@ -23,7 +23,7 @@ from .measure import Step, free_memory, peak_memory, ratio_quartiles, seconds_in
 from .settings import (
     SETTINGS,
     add_measuring_arguments,
-    device_name,
+    chip_name,
     image_and_patch,
     is_out_of_memory,
     refuse_too_large,
@@ -70,7 +70,7 @@ that gives wrong numbers is not measured: the study stops."""
     one_process = True
 
     def __init__(self, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
-        self.device, self.amp = check_device(arguments.device, arguments.amp), arguments.amp
+        self.device, self.amp = device_name(arguments.device), arguments.amp
         self.rounds, self.heads, self.head_dim = arguments.rounds, arguments.heads, arguments.head_dim
         self.units = [
             {**unit, 'pass': phase}
@@ -81,7 +81,7 @@ that gives wrong numbers is not measured: the study stops."""
             'heads': self.heads,
             'head_dim': self.head_dim,
             'rounds': self.rounds,
-            'device': device_name(self.device),
+            'device': chip_name(self.device),
             'amp': self.amp,
         }
 
@@ -93,7 +93,7 @@ that gives wrong numbers is not measured: the study stops."""
         add('--head-dim', type=positive_int, default=64, metavar='N', help='channels of a head (default: %(default)s)')
 
     def run(self, unit: Unit, folder: Path) -> list[Row]:
-        device, _ = set_up_device(self.device, self.amp)
+        device, _ = set_up_device(self.device)
         image, patch = image_and_patch(unit['setting'])
         grid = (image // patch, image // patch)
         dtype = torch.bfloat16 if self.amp else torch.float32

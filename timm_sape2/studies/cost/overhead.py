@@ -14,12 +14,12 @@ from ..._figure import new_figure
 from ..._table import markdown_table
 from ...models.flops import count_flops, count_parameters, input_size
 from ...positions import ENCODINGS
-from ...training.hardware import check_device, mixed_precision, set_up_device
+from ...training.hardware import device_name, mixed_precision, set_up_device
 from ..report import Spread, draw_dots, grouped, three_digits
 from ..study import Row, Study, Unit
 from .correctness import check_against_reference, check_bias, check_fused, check_logits
 from .measure import Step, peak_memory, ratio_quartiles, seconds_in_turns
-from .settings import SETTINGS, add_measuring_arguments, device_name, refuse_too_large, units_at
+from .settings import SETTINGS, add_measuring_arguments, chip_name, refuse_too_large, units_at
 from .variants import IMPLEMENTATIONS, create_baseline, create_variant, draw_tables, parse_variant
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ model. What gives wrong numbers is not measured: the study stops.
     one_process = True
 
     def __init__(self, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
-        self.device, self.amp = check_device(arguments.device, arguments.amp), arguments.amp
+        self.device, self.amp = device_name(arguments.device), arguments.amp
         self.rounds, self.compile = arguments.rounds, arguments.compile
         self.model, self.baseline = arguments.model, arguments.baseline
         self.units = units_at(arguments.settings, arguments.batch_size, self.device)
@@ -83,7 +83,7 @@ model. What gives wrong numbers is not measured: the study stops.
             'baseline': self.baseline,
             'encodings': list(self.variants),
             'rounds': self.rounds,
-            'device': device_name(self.device),
+            'device': chip_name(self.device),
             'amp': self.amp,
             'compile': self.compile,
         }
@@ -123,7 +123,7 @@ model. What gives wrong numbers is not measured: the study stops.
         return create_baseline(name, setting, device)
 
     def run(self, unit: Unit, folder: Path) -> list[Row]:
-        device, _ = set_up_device(self.device, self.amp)
+        device, _ = set_up_device(self.device)
         torch.manual_seed(0)
         torch.compiler.reset()
         names = list(dict.fromkeys((self.baseline, *self.variants)))

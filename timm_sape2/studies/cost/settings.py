@@ -79,7 +79,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, settings: Sequence[
     add('--amp', action='store_true', help=amp)
 
 
-def device_name(device: str) -> str:
+def chip_name(device: str) -> str:
     """Return the name of a GPU, or 'cpu'."""
     return torch.cuda.get_device_name(device) if device.startswith('cuda') else device
 

@@ -83,7 +83,7 @@ class TrainedRun:
 
     def set_up_device(self) -> tuple[torch.device, Callable[[], AbstractContextManager]]:
         """Return the device to compute on and the context of mixed precision."""
-        device, processes = hardware.set_up_device(self.args.device, self.args.amp, self.args.amp_dtype)
+        device, processes = hardware.set_up_device(self.args.device)
         vars(self.args).update(processes, device=str(device))
         return device, hardware.mixed_precision(device, self.args.amp, self.args.amp_dtype)[0]
 
