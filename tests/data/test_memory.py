@@ -1,5 +1,6 @@
 """Images in memory: augmented by the batch, and otherwise what timm's loader gives."""
 
+import math
 import random
 
 import numpy as np
@@ -130,5 +131,17 @@ def test_more_than_the_memory_holds(monkeypatch):
     check_memory(1000, (3, 32, 32), CPU)
     with pytest.raises(ValueError, match=r'1000000000 images of 224x192 need 120163.0 GiB .* use --loader workers'):
         check_memory(10**9, (3, 224, 192), CPU)
-    monkeypatch.setattr(memory, 'free_memory', lambda device: None)
+    monkeypatch.setattr(memory, 'free_memory', lambda device: math.inf)
     check_memory(10**9, (3, 224, 192), CPU)
+
+
+def test_free_memory_is_what_the_system_and_the_container_leave(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, 'PROC', tmp_path)
+    monkeypatch.setattr(memory, 'CGROUP', tmp_path)
+    assert memory.free_memory(CPU) == math.inf
+    (tmp_path / 'meminfo').write_text('MemTotal:       2000 kB\nMemAvailable:   1000 kB\nHugePages_Total:       0\n')
+    (tmp_path / 'memory.max').write_text('max\n')
+    assert memory.free_memory(CPU) == 1000 * 1024
+    (tmp_path / 'memory.max').write_text('500000\n')
+    (tmp_path / 'memory.stat').write_text('anon 200000\nfile 300000\n')
+    assert memory.free_memory(CPU) == 300_000

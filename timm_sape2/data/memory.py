@@ -1,5 +1,6 @@
 """A data set that fits in memory: one tensor of bytes on the device, augmented there a batch at a time."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 from tqdm import tqdm
 
 Batch = tuple[Tensor, Tensor]
+PROC, CGROUP = Path('/proc'), Path('/sys/fs/cgroup')
 
 
 class ImagesInMemory(Dataset):
@@ -151,23 +153,28 @@ def read_images(
 
 
 def check_memory(num_images: int, input_size: tuple[int, int, int], device: torch.device) -> None:
-    """Raise a ValueError if so many images are larger than the free memory of a device, as far as that is known."""
+    """Raise a ValueError if so many images are larger than the free memory of a device."""
     channels, height, width = input_size
     needed, free = num_images * channels * height * width, free_memory(device)
-    if free is not None and needed > free:
+    if needed > free:
         raise ValueError(
             f'{num_images} images of {height}x{width} need {needed / 2**30:.1f} GiB of memory in every process, '
             f'{free / 2**30:.1f} GiB are free on {device}: use --loader workers, or a smaller --img-size'
         )
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the free memory of a device in bytes, None where the system does not tell."""
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that may still be allocated: on a GPU, on Linux, or in a container; infinity if nothing says."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path('/proc/meminfo').read_text().splitlines()
-    except OSError:
-        return None
-    kibibytes = next((line.split()[1] for line in lines if line.startswith('MemAvailable:')), None)
-    return None if kibibytes is None else 1024 * int(kibibytes)
+    free = 1024 * _number_in(PROC / 'meminfo', 'MemAvailable:')
+    limit = CGROUP / 'memory.max'
+    if limit.exists() and limit.read_text().strip() != 'max':
+        free = min(free, int(limit.read_text()) - _number_in(CGROUP / 'memory.stat', 'anon'))
+    return free
+
+
+def _number_in(file: Path, name: str) -> float:
+    """Return the number after a name in a file of the system, infinity if there is no such file."""
+    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return next((float(number) for word, number, *_ in lines if word == name), math.inf)

@@ -1,6 +1,5 @@
 """Time is measured in turns, memory to the byte."""
 
-import math
 import os
 import time
 
@@ -71,15 +70,3 @@ def test_the_profiler_is_silent_and_stderr_comes_back(capfd):
         raise RuntimeError
     os.write(2, b'back')
     assert capfd.readouterr().err == 'back'
-
-
-def test_free_memory_is_what_the_system_and_the_container_leave(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, 'PROC', tmp_path)
-    monkeypatch.setattr(measure, 'CGROUP', tmp_path)
-    assert measure.free_memory(CPU) == math.inf
-    (tmp_path / 'meminfo').write_text('MemTotal:       2000 kB\nMemAvailable:   1000 kB\nHugePages_Total:       0\n')
-    (tmp_path / 'memory.max').write_text('max\n')
-    assert measure.free_memory(CPU) == 1000 * 1024
-    (tmp_path / 'memory.max').write_text('500000\n')
-    (tmp_path / 'memory.stat').write_text('anon 200000\nfile 300000\n')
-    assert measure.free_memory(CPU) == 300_000

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..._arguments import positive_int
 from ..._figure import new_figure
 from ..._table import markdown_table
+from ...data.memory import free_memory
 from ...ops import sape2 as ops
 from ...training.hardware import device_name, set_up_device
 from ..report import grouped, three_digits
 from ..study import Row, Study, Unit
 from .correctness import PREFIX, Attention, Grid, Inputs, check_attention, output_and_gradients
-from .measure import Step, free_memory, peak_memory, ratio_quartiles, seconds_in_turns
+from .measure import Step, peak_memory, ratio_quartiles, seconds_in_turns
 from .settings import (
     SETTINGS,
     add_measuring_arguments,

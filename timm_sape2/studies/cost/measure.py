@@ -20,7 +20,6 @@ from tqdm import tqdm
 Step: TypeAlias = Callable[[], object]
 
 WARM_UP = 2
-PROC, CGROUP = Path('/proc'), Path('/sys/fs/cgroup')
 TURN = 0.1  # seconds that a turn of the first step takes at least
 
 
@@ -107,23 +106,6 @@ def peak_memory(step: Step, device: torch.device) -> int:
         allocated += change
         peak = max(peak, allocated)
     return peak
-
-
-def free_memory(device: torch.device) -> float:
-    """Return the bytes that may still be allocated: on a GPU, on Linux, or in a container; infinity if nothing says."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    free = 1024 * number_in(PROC / 'meminfo', 'MemAvailable:')
-    limit = CGROUP / 'memory.max'
-    if limit.exists() and limit.read_text().strip() != 'max':
-        free = min(free, int(limit.read_text()) - number_in(CGROUP / 'memory.stat', 'anon'))
-    return free
-
-
-def number_in(file: Path, name: str) -> float:
-    """Return the number after a name in a file of the system, infinity if there is no such file."""
-    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-    return next((float(number) for word, number, *_ in lines if word == name), math.inf)
 
 
 @contextmanager
