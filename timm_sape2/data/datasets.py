@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from timm.data import create_dataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from .digits import Digits
 
@@ -28,7 +28,6 @@ def open_train_and_validation(
         channels: 1 for gray images, 3 for color.
         dataset: As in `open_split`, like `data_dir`.
         data_dir: Folder of the images.
-        in_chans: 1 for gray images, 3 for color.
         train_split: Name of the split to train on.
         val_split: Name of the split to validate on.
         train_num_samples: Images to train on, evenly spaced; None for all.
@@ -42,10 +41,14 @@ def open_train_and_validation(
         open_split(dataset, data_dir, split, channels, dataset_download) for split in (train_split, val_split)
     )
     _check_classes(train, validation)
-    return _thinned(train, train_num_samples), _thinned(validation, val_num_samples)
+    if train_num_samples is not None:
+        train = EvenlySpaced(train, train_num_samples)
+    if val_num_samples is not None:
+        validation = EvenlySpaced(validation, val_num_samples)
+    return train, validation
 
 
-class EvenlySpaced(Dataset):
+class EvenlySpaced(Subset):
     """Some images of a data set, evenly spaced: the same share of every class where the classes come in order.
 
     Args:
@@ -56,11 +59,12 @@ class EvenlySpaced(Dataset):
         ValueError: If it has fewer.
     """
 
+    dataset: Any
+
     def __init__(self, dataset: Any, num_samples: int):
         if num_samples > len(dataset):
             raise ValueError(f'the data has {len(dataset)} images, not {num_samples}: lower --*-num-samples')
-        self.dataset = dataset
-        self.num_samples = num_samples
+        super().__init__(dataset, [index * len(dataset) // num_samples for index in range(num_samples)])
         self.classes = class_names(dataset)
 
     @property
@@ -71,12 +75,6 @@ class EvenlySpaced(Dataset):
     @transform.setter
     def transform(self, transform: Any) -> None:
         self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int):
-        return self.dataset[index * len(self.dataset) // self.num_samples]
 
 
 def open_split(dataset: str, data_dir: str | None, split: str, in_chans: int, download: bool = False) -> Any:
@@ -97,27 +95,6 @@ def open_split(dataset: str, data_dir: str | None, split: str, in_chans: int, do
         raise ValueError(f'the model takes {in_chans} channels, but images have 1 or 3: set --in-chans')
     if dataset == 'digits':
         return Digits(split, image_mode)
-    return _open(dataset, data_dir, split, image_mode, download)
-
-
-def count_classes(dataset: Dataset) -> int | None:
-    """Return the number of classes of a data set, or None where it does not tell."""
-    names = class_names(dataset)
-    return None if names is None else len(names)
-
-
-def check_class_count(dataset: Dataset, num_classes: int) -> None:
-    """Raise a ValueError if a model with so many classes does not fit the data."""
-    count = count_classes(dataset)
-    if count is not None and count != num_classes:
-        raise ValueError(f'the data has {count} classes, the model {num_classes}: set --num-classes {count}')
-
-
-def _thinned(dataset: Dataset, num_samples: int | None) -> Dataset:
-    return dataset if num_samples is None else EvenlySpaced(dataset, num_samples)
-
-
-def _open(dataset: str, data_dir: str | None, split: str, image_mode: str, download: bool) -> Dataset:
     if dataset.startswith(STREAMED):
         raise ValueError(f'--dataset {dataset} is streamed: a run on it could not be resumed exactly')
     if dataset and '/' not in dataset:
@@ -135,6 +112,19 @@ def _open(dataset: str, data_dir: str | None, split: str, image_mode: str, downl
         folders = ', '.join(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
         raise ValueError(f'no folder {split!r} in {folder}, which has: {folders or "none"}')
     return opened
+
+
+def count_classes(dataset: Dataset) -> int | None:
+    """Return the number of classes of a data set, or None where it does not tell."""
+    names = class_names(dataset)
+    return None if names is None else len(names)
+
+
+def check_class_count(dataset: Dataset, num_classes: int) -> None:
+    """Raise a ValueError if a model with so many classes does not fit the data."""
+    count = count_classes(dataset)
+    if count is not None and count != num_classes:
+        raise ValueError(f'the data has {count} classes, the model {num_classes}: set --num-classes {count}')
 
 
 def class_names(dataset: Any) -> list[str] | None:
