@@ -140,7 +140,7 @@ class UnitProgress:
         shown: Show anything at all.
     """
 
-    def __init__(self, study: str, folder: Path, units: Sequence[str], shown: bool = True):
+    def __init__(self, study: str, folder: Path, units: Sequence[str], shown: bool):
         self.study = study
         self.files = [unit_file(folder, name) for name in units]
         self.in_lines = shown and not sys.stderr.isatty()
@@ -218,36 +218,34 @@ def write_results(study: Study, folder: Path) -> None:
     Units of an earlier command of the same configuration, such as other seeds, are among them.
     """
     with results_lock(folder):
-        _write_results(study, folder)
-
-
-def _write_results(study: Study, folder: Path) -> None:
-    names = unit_names(study.units)
-    files = [unit_file(folder, name) for name in names if unit_file(folder, name).exists()]
-    files += sorted(set((folder / 'units').glob('*.json')) - set(files))
-    if not files:
-        return
-    units = [json.loads(file.read_text()) for file in files]
-    rows: list[Row] = [row for unit in units for row in unit['rows']]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_write(folder / 'results.csv') as path, open(path, 'w', newline='') as table:
-        writer = csv.DictWriter(table, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    plots = draw_plots(type(study), folder, rows, study.configuration)
-    units.sort(key=lambda unit: unit['started'])
-    record = {
-        'configuration': configuration_of(study),
-        'seeds': sorted({unit['unit']['seed'] for unit in units if 'seed' in unit['unit']}),
-        'started': units[0]['started'],
-        'finished': max(unit['finished'] for unit in units),
-        'seconds': {unit_names([unit['unit']])[0]: unit['seconds'] for unit in units},
-        'made_by': [unit['made_by'] for i, unit in enumerate(units) if unit['made_by'] not in made_by_of(units[:i])],
-    }
-    write_json(folder / 'run.json', record)
-    pictures = ''.join(f'\n![{name}]({name}.png)\n' for name in plots)
-    with atomic_write(folder / 'results.md') as path:
-        path.write_text(f'# {study.name}\n\n{study.report(rows)}\n{pictures}\n{origin(record)}')
+        files = [unit_file(folder, name) for name in unit_names(study.units)]
+        files = list(dict.fromkeys([*filter(Path.exists, files), *sorted((folder / 'units').glob('*.json'))]))
+        if not files:
+            return
+        units = [json.loads(file.read_text()) for file in files]
+        rows: list[Row] = [row for unit in units for row in unit['rows']]
+        with atomic_write(folder / 'results.csv') as path, open(path, 'w', newline='') as table:
+            writer = csv.DictWriter(table, dict.fromkeys(name for row in rows for name in row))
+            writer.writeheader()
+            writer.writerows(rows)
+        plots = draw_plots(type(study), folder, rows, study.configuration)
+        units.sort(key=lambda unit: unit['started'])
+        made_by: list[dict[str, Any]] = []
+        for unit in units:
+            if unit['made_by'] not in made_by:
+                made_by.append(unit['made_by'])
+        record = {
+            'configuration': configuration_of(study),
+            'seeds': sorted({unit['unit']['seed'] for unit in units if 'seed' in unit['unit']}),
+            'started': units[0]['started'],
+            'finished': max(unit['finished'] for unit in units),
+            'seconds': {unit_names([unit['unit']])[0]: unit['seconds'] for unit in units},
+            'made_by': made_by,
+        }
+        write_json(folder / 'run.json', record)
+        pictures = ''.join(f'\n![{name}]({name}.png)\n' for name in plots)
+        with atomic_write(folder / 'results.md') as path:
+            path.write_text(f'# {study.name}\n\n{study.report(rows)}\n{pictures}\n{origin(record)}')
 
 
 def draw_plots(
@@ -259,11 +257,6 @@ def draw_plots(
         with atomic_write(folder / f'{name}.png') as path:
             figure.savefig(path, dpi=120)
     return plots
-
-
-def made_by_of(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return how units were made."""
-    return [unit['made_by'] for unit in units]
 
 
 def origin(record: dict[str, Any]) -> str:
