@@ -56,6 +56,11 @@ def encoding_place(position: str) -> tuple[int, list[int]]:
     return len(places), places
 
 
+def by_encoding(row: Row) -> tuple:
+    """Return a key that sorts rows by encoding, those without LayerScale first, and by seed."""
+    return encoding_place(row['encoding']), row['layer_scale'] != 'off', row['seed']
+
+
 def without_options(position: str) -> str:
     """Return an encoding without options in brackets and without the implementation after a colon."""
     return re.sub(r'\([^()]*\)', '', position).partition(':')[0]
@@ -82,9 +87,17 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def plus_minus(values: Sequence[float], digits: int = 2) -> str:
-    """Return 'mean ± standard deviation', or only the value if there is one."""
+    """Return 'mean ± standard deviation', only the value if there is one, and an empty text if there is none."""
+    if not values:
+        return ''
     mean, deviation = mean_and_deviation(values)
     return f'{mean:.{digits}f}' if math.isnan(deviation) else f'{mean:.{digits}f} ± {deviation:.{digits}f}'
+
+
+def improvement(runs: Iterable[Row], baseline: Iterable[Row]) -> str:
+    """Return by how much the accuracy of runs is above that of a baseline with the same seeds, as `plus_minus` does."""
+    top1 = {row['seed']: row['top1'] for row in baseline}
+    return plus_minus([row['top1'] - top1[row['seed']] for row in runs if row['seed'] in top1])
 
 
 def three_digits(value: float) -> str:

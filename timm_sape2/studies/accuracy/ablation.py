@@ -14,6 +14,7 @@ from ..report import (
     draw_dots,
     encoding_color,
     grouped,
+    improvement,
     plus_minus,
     spread_over_seeds,
 )
@@ -96,18 +97,16 @@ order and shared initial weights are the same for one seed."""
 
     def report(self, rows: list[Row]) -> str:
         last = last_epochs(rows, ('variant', 'seed'))
-        whole = {row['seed']: row['top1'] for row in last if row['variant'] == 'as in the paper'}
-        table = []
-        for (variant,), runs in grouped(last, 'variant').items():
-            differences = [row['top1'] - whole[row['seed']] for row in runs if row['seed'] in whole]
-            table.append(
-                {
-                    'variant': variant,
-                    'top-1': plus_minus([row['top1'] for row in runs]),
-                    'less "as in the paper"': plus_minus(differences) if differences else '',
-                    'seeds': ', '.join(str(row['seed']) for row in runs),
-                }
-            )
+        by_variant = grouped(last, 'variant')
+        table = [
+            {
+                'variant': variant,
+                'top-1': plus_minus([row['top1'] for row in runs]),
+                'less "as in the paper"': improvement(runs, by_variant.get(('as in the paper',), [])),
+                'seeds': ', '.join(str(row['seed']) for row in runs),
+            }
+            for (variant,), runs in by_variant.items()
+        ]
         return (
             f'Top-1 accuracy in % of variants of `{self.position}` on the validation images after the last epoch, '
             'mean ± standard deviation over seeds; differences are between runs with the same seed.\n\n'

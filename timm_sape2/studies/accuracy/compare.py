@@ -11,10 +11,11 @@ from ..._table import markdown_table
 from ...positions import ENCODINGS
 from ..report import (
     TOP1_OF_SEEDS,
+    by_encoding,
     draw_dots,
     draw_line,
-    encoding_place,
     grouped,
+    improvement,
     layer_scale_in_words,
     line_styles,
     models_in_words,
@@ -98,16 +99,16 @@ comparisons changed it together with the encoding. Reported is the last epoch.""
         return [unit | row for row in train(self.args, name, model_kwargs, unit['seed'], folder)]
 
     def report(self, rows: list[Row]) -> str:
-        last = self.last(rows)
+        last = sorted(last_epochs(rows, ('encoding', 'layer_scale', 'seed')), key=by_encoding)
         scales = list(grouped(last, 'layer_scale'))
         table = []
         for (encoding,), of_encoding in grouped(last, 'encoding').items():
             line = {'encoding': encoding}
             for (scale,) in scales:
                 runs = [row for row in of_encoding if row['layer_scale'] == scale]
-                differences = self.differences(runs, last)
-                line[f'top-1, LayerScale {scale}'] = plus_minus([row['top1'] for row in runs]) if runs else 'not run'
-                line[f'less {BASELINE}, LayerScale {scale}'] = plus_minus(differences) if differences else ''
+                baseline = [row for row in last if (row['encoding'], row['layer_scale']) == (BASELINE, scale)]
+                line[f'top-1, LayerScale {scale}'] = plus_minus([row['top1'] for row in runs]) or 'not run'
+                line[f'less {BASELINE}, LayerScale {scale}'] = improvement(runs, baseline)
             line['seeds'] = ', '.join(str(seed) for (seed,) in grouped(of_encoding, 'seed'))
             table.append(line)
         return (
@@ -116,21 +117,8 @@ comparisons changed it together with the encoding. Reported is the last epoch.""
         )
 
     @staticmethod
-    def last(rows: list[Row]) -> list[Row]:
-        """Return the last epochs, in the order of the table of encodings, those without LayerScale first."""
-        last = last_epochs(rows, ('encoding', 'layer_scale', 'seed'))
-        return sorted(last, key=by_encoding)
-
-    @staticmethod
-    def differences(runs: list[Row], last: list[Row]) -> list[float]:
-        """Return by how much runs are better than the baseline with the same seed and LayerScale."""
-        baseline = {(row['layer_scale'], row['seed']): row['top1'] for row in last if row['encoding'] == BASELINE}
-        pairs = [(row['top1'], baseline.get((row['layer_scale'], row['seed']))) for row in runs]
-        return [top1 - base for top1, base in pairs if base is not None]
-
-    @staticmethod
     def plots(rows: list[Row], configuration: Mapping[str, Any]) -> 'dict[str, Figure]':
-        last = Compare.last(rows)
+        last = sorted(last_epochs(rows, ('encoding', 'layer_scale', 'seed')), key=by_encoding)
         scales = sorted({row['layer_scale'] for row in last}, key=lambda scale: (scale != 'off', scale))
         dots = {
             layer_scale_in_words(scale): {
@@ -171,11 +159,6 @@ comparisons changed it together with the encoding. Reported is the last epoch.""
         figure.suptitle(title_of_lines('How does each encoding learn?', rows))
         figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
         return figure
-
-
-def by_encoding(row: Row) -> tuple:
-    """Return a key that sorts rows by encoding, as the table has them, those without LayerScale first."""
-    return encoding_place(row['encoding']), row['layer_scale'] != 'off', row['seed']
 
 
 def initial_layer_scale(text: str) -> float | None:

@@ -139,7 +139,7 @@ same for all models."""
                 names = ('accuracy',) if shift == 'none' else ('consistency', 'accuracy')
                 for name in names:
                     title = f'{"same class" if name == "consistency" else "right"}, {words}'
-                    line[title] = plus_minus([row[name] for row in of_shift], 1) if of_shift else ''
+                    line[title] = plus_minus([row[name] for row in of_shift], 1)
             table.append(line)
         return (
             'Share of images in %, mean ± standard deviation over seeds: those that keep their class when they are '

@@ -107,7 +107,7 @@ before training."""
         parts = []
         for (weights, mode), of_mode in grouped(rows, 'weights', 'mode').items():
             table = []
-            for (encoding, layer_scale), of_model in grouped(of_mode, 'encoding', 'layer_scale').items():
+            for (encoding, layer_scale), of_model in by_model(of_mode).items():
                 inside = [row for row in of_model if 0 < row['patches'] < 1]
                 one = [row for row in of_model if row['patches'] == 1]
                 two = [row for row in of_model if row['patches'] == 2]
@@ -244,8 +244,7 @@ def means_of_seeds(rows: Sequence[Row], name: str) -> list[float]:
 
 def over_seeds(rows: Sequence[Row], name: str, digits: int) -> str:
     """Return mean and standard deviation over seeds of the means of a column."""
-    means = means_of_seeds(rows, name)
-    return plus_minus(means, digits) if means else ''
+    return plus_minus(means_of_seeds(rows, name), digits)
 
 
 def relative_change(changed: Tensor, original: Tensor) -> list[float]:

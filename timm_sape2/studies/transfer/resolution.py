@@ -113,8 +113,7 @@ settings of distance_scale. The two columns are never mixed."""
             for factors, of_model in by_model(of_training, 'distance_scale').items():
                 top1 = top1_by_size(of_model)
                 table.append(
-                    dict(zip(FACTORS, factors, strict=True))
-                    | {size: plus_minus(top1[size]) if size in top1 else '' for size in sizes}
+                    dict(zip(FACTORS, factors, strict=True)) | {size: plus_minus(top1.get(size, [])) for size in sizes}
                 )
             title = 'As trained, no further training' if training == 'none' else 'After one epoch at the size'
             parts.append(f'## {title}\n\n{markdown_table(table)}')

@@ -20,7 +20,7 @@ from ...training import hardware, loaders
 from ...training.arguments import flags_of, parse_arguments
 from ...training.model import build_model
 from ..accuracy.training_grid import check_model, encoding_with_options, share_initial_weights
-from ..report import encoding_place
+from ..report import by_encoding
 from ..study import Unit
 
 
@@ -118,11 +118,7 @@ def open_runs(paths: Sequence[str], flags: Sequence[str]) -> list[TrainedRun]:
             found.append(path)
     if not found:
         raise ValueError(f'no finished runs in {", ".join(paths)}')
-    return sorted((_open(path, flags) for path in found), key=_order)
-
-
-def _order(run: TrainedRun) -> tuple:
-    return encoding_place(run.factors['encoding']), run.factors['layer_scale'] != 'off', run.factors['seed']
+    return sorted((_open(path, flags) for path in found), key=lambda run: by_encoding(run.factors))
 
 
 def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
