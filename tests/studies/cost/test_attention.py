@@ -23,10 +23,11 @@ from timm_sape2.studies.cost.attention import (
     plain_attention,
     why_not,
 )
-from timm_sape2.studies.cost.correctness import reference_attention
+from timm_sape2.studies.cost.correctness import sape2_by
 from timm_sape2.studies.cost.measure import peak_memory
 
 QUICK = ('--settings', '32/8', '--rounds', '2', '--heads', '2', '--head-dim', '16', '--device', 'cpu')
+reference_attention = sape2_by('reference')
 CPU = torch.device('cpu')
 GRID = (3, 5)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from timm_sape2.ops.sape2 import sape2_attention
 from timm_sape2.positions.sape2 import SaPE2
-from timm_sape2.studies.cost.attention import draw_inputs, plain_attention, sape2_by
+from timm_sape2.studies.cost.attention import draw_inputs, plain_attention
 from timm_sape2.studies.cost.correctness import (
     Inputs,
     check_against_reference,
@@ -15,10 +15,10 @@ from timm_sape2.studies.cost.correctness import (
     check_fused,
     check_logits,
     output_and_gradients,
-    reference_attention,
+    sape2_by,
 )
 
-cpu_attention = sape2_by('cpu')
+cpu_attention, reference_attention = sape2_by('cpu'), sape2_by('reference')
 
 
 class Logits(nn.Module):

@@ -19,7 +19,7 @@ from ...ops import sape2 as ops
 from ...training.hardware import device_name, set_up_device
 from ..report import grouped, three_digits
 from ..study import Row, Study, Unit
-from .correctness import PREFIX, Attention, Grid, Inputs, check_attention, output_and_gradients
+from .correctness import PREFIX, Attention, Grid, Inputs, check_attention, output_and_gradients, sape2_by
 from .measure import Step, peak_memory, ratio_quartiles, seconds_in_turns
 from .settings import (
     SETTINGS,
@@ -45,7 +45,6 @@ COLORS = {name: f'C{i}' for i, name in enumerate(NAMES)}
 IN_WORDS = {PLAIN: "PyTorch's attention without a bias", 'cpu': 'SaPE2: C for CPUs', 'triton': 'SaPE2: Triton for GPUs'}
 
 FORWARD, BOTH = 'forward', 'forward + backward'
-
 
 STORED = {FORWARD: 3.2, BOTH: 6.5}
 """Numbers of four bytes that the reference stores at its peak, for every pair of tokens of every head."""
@@ -159,7 +158,7 @@ included. The plot shows time and memory of a batch, divided by its size.
     @staticmethod
     def plots(rows: list[Row], configuration: Mapping[str, Any]) -> 'dict[str, Figure]':
         figure = new_figure(11, 4.5)
-        both = [row for row in rows if row.get('pass') == BOTH and not row.get('skipped')]
+        both = [row for row in rows if row['pass'] == BOTH and not row.get('skipped')]
         both.sort(key=lambda row: row['patches'])
         panels = {'ms': ('seconds', 1e-3), 'MiB': ('peak_bytes', 2**20)}
         for axes, (unit, (column, factor)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
@@ -186,36 +185,15 @@ def plain_attention(inputs: Inputs, grid: Grid) -> Tensor:
     return F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value)
 
 
-def sape2_by(implementation: str) -> Attention:
-    """Return attention with SaPE2 by one of the implementations."""
-
-    def attention(inputs: Inputs, grid: Grid) -> Tensor:
-        query, key, value, row_table, column_table = inputs
-        return ops.sape2_attention(
-            query,
-            key,
-            value,
-            key,
-            row_table,
-            column_table,
-            grid,
-            PREFIX,
-            implementation=implementation,
-        )
-
-    return attention
-
-
 def attentions() -> dict[str, Attention]:
     """Return all implementations by name; what is to be compiled is so at the first call."""
-    functions = (
-        plain_attention,
-        sape2_by('reference'),
-        torch.compile(sape2_by('reference'), fullgraph=True, dynamic=False),
-        sape2_by('cpu'),
-        sape2_by('triton'),
-    )
-    return dict(zip(NAMES, functions, strict=True))
+    return {
+        PLAIN: plain_attention,
+        REFERENCE: sape2_by('reference'),
+        COMPILED: torch.compile(sape2_by('reference'), fullgraph=True, dynamic=False),
+        'cpu': sape2_by('cpu'),
+        'triton': sape2_by('triton'),
+    }
 
 
 def why_not(name: str, inputs: Inputs, grid: Grid, phase: str) -> str | None:
@@ -236,13 +214,11 @@ def draw_inputs(
     grid: Grid,
     dtype: torch.dtype,
     device: torch.device,
-    num_positions: int = 10,
-    table_std: float = 0.1,
 ) -> Inputs:
     """Draw inputs from a normal distribution, laid out as in a model: views of one projection."""
     height, width = grid
     qkv = torch.randn(batch_size, PREFIX + height * width, 3, heads, head_dim, dtype=dtype, device=device)
-    tables = table_std * torch.randn(2, num_positions, head_dim, device=device)
+    tables = 0.1 * torch.randn(2, 10, head_dim, device=device)
     return Inputs(*qkv.permute(2, 0, 3, 1, 4), *tables)
 
 
@@ -255,17 +231,17 @@ def implementation_line(row: Row) -> dict[str, str]:
         'memory': f'{three_digits(row["peak_bytes"] / 2**20)} MiB',
     }
     for base in (PLAIN, REFERENCE):
-        there = row.get(f'time_to_{base}') is not None
-        low, median, high = (row[f'time_to_{base}{end}'] if there else 0 for end in ('_q1', '', '_q3'))
-        line[f'time to {base}'] = f'{median:.2f} ({low:.2f} to {high:.2f})' if there else ''
-        line[f'memory to {base}'] = f'{row[f"memory_to_{base}"]:.3f}' if there else ''
+        line |= {f'time to {base}': '', f'memory to {base}': ''}
+        if f'time_to_{base}' in row:
+            low, median, high = (row[f'time_to_{base}{end}'] for end in ('_q1', '', '_q3'))
+            line[f'time to {base}'] = f'{median:.2f} ({low:.2f} to {high:.2f})'
+            line[f'memory to {base}'] = f'{row[f"memory_to_{base}"]:.3f}'
     return line
 
 
 def skipped_line(row: Row) -> str:
     """Return why there is no line for an implementation."""
-    phase = f', {row["pass"]},' if row.get('pass') else ''
-    return f'`{row["implementation"]}`{phase} cannot run here: {row["skipped"]}'
+    return f'`{row["implementation"]}`, {row["pass"]}, cannot run here: {row["skipped"]}'
 
 
 def why_not_compiled(attention: Attention, inputs: Inputs, grid: Grid) -> str | None:

@@ -29,10 +29,14 @@ Grid: TypeAlias = tuple[int, int]
 Attention: TypeAlias = Callable[[Inputs, Grid], Tensor]
 
 
-def reference_attention(inputs: Inputs, grid: Grid) -> Tensor:
-    """Attention with SaPE2 in plain PyTorch, with a stored bias."""
-    query, key, value, row_table, column_table = inputs
-    return sape2_attention(query, key, value, key, row_table, column_table, grid, PREFIX, implementation='reference')
+def sape2_by(implementation: str) -> Attention:
+    """Return attention with SaPE2 by one of the implementations."""
+
+    def attention(inputs: Inputs, grid: Grid) -> Tensor:
+        query, key, value, *tables = inputs
+        return sape2_attention(query, key, value, key, *tables, grid, PREFIX, implementation=implementation)
+
+    return attention
 
 
 def check_logits(name: str, model: nn.Module, images: Tensor, num_classes: int) -> None:
@@ -116,7 +120,7 @@ def check_attention(name: str, attention: Attention, inputs: Inputs, grid: Grid,
     grad_output[-1, -1] = torch.randn_like(inputs.query[-1, -1])
     found = output_and_gradients(attention, inputs, grid, grad_output)
     expected = output_and_gradients(
-        reference_attention,
+        sape2_by('reference'),
         Inputs(*(x[-1:, -1:].double() for x in inputs[:3]), *(x.double() for x in inputs[3:])),
         grid,
         grad_output[-1:, -1:].double(),

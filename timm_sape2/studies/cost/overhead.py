@@ -20,7 +20,7 @@ from ..study import Row, Study, Unit
 from .correctness import check_against_reference, check_bias, check_fused, check_logits
 from .measure import Step, peak_memory, ratio_quartiles, seconds_in_turns
 from .settings import SETTINGS, add_measuring_arguments, chip_name, refuse_too_large, units_at
-from .variants import IMPLEMENTATIONS, create_baseline, create_variant, draw_tables, parse_variant
+from .variants import IMPLEMENTATIONS, create_at_setting, create_variant, draw_tables, parse_variant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +120,7 @@ model. What gives wrong numbers is not measured: the study stops.
         """Create the model that a line of the table is about."""
         if name in self.variants:
             return create_variant(self.model, self.variants[name], setting, device)
-        return create_baseline(name, setting, device)
+        return create_at_setting(name, setting, device, f'--baseline: cannot create {name}')
 
     def run(self, unit: Unit, folder: Path) -> list[Row]:
         device, _ = set_up_device(self.device)

@@ -42,12 +42,10 @@ def create_variant(model_name: str, variant: Variant, setting: str, device: torc
     """Create a model with another position encoding, image and patch size, not compiled yet.
 
     Raises:
-        ValueError: The setting is not IMAGE/PATCH or cannot be, or the model is not one of this package.
+        ValueError: It cannot be created, or is not one of this package.
     """
-    try:
-        model = create_timm_model(model_name, setting, device, position=variant.position)
-    except ValueError as error:
-        raise ValueError(f'cannot create {model_name} with {variant.name} at {setting}: {error}') from error
+    problem = f'cannot create {model_name} with {variant.name}'
+    model = create_at_setting(model_name, setting, device, problem, position=variant.position)
     if not isinstance(model, PositionVisionTransformer):
         raise ValueError(f"--model {model_name} has no exchangeable position encoding; 'timm-sape2 list' shows those")
     if variant.implementation == 'reference':
@@ -55,25 +53,17 @@ def create_variant(model_name: str, variant: Variant, setting: str, device: torc
     return model
 
 
-def create_baseline(name: str, setting: str, device: torch.device) -> Any:
+def create_at_setting(name: str, setting: str, device: torch.device, problem: str, **kwargs: Any) -> Any:
     """Create any model of timm with another image and patch size.
 
     Raises:
-        ValueError: There is no such model, or it cannot take these sizes.
+        ValueError: There is no such model, or it does not take the arguments; the message begins with the `problem`.
     """
-    try:
-        return create_timm_model(name, setting, device)
-    except ValueError as error:
-        raise ValueError(f'--baseline: cannot create {name} at {setting}: {error}') from error
-
-
-def create_timm_model(name: str, setting: str, device: torch.device, **kwargs: Any) -> Any:
-    """Create a model of timm at a setting; all that can be wrong becomes a ValueError."""
     image, patch = image_and_patch(setting)
     try:
         return timm.create_model(name, img_size=image, patch_size=patch, device=device, **kwargs)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(str(error)) from error
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f'{problem} at {setting}: {error}') from error
 
 
 def use_reference(model: nn.Module) -> None:
