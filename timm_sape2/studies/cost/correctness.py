@@ -33,8 +33,10 @@ def sape2_by(implementation: str) -> Attention:
     """Return attention with SaPE2 by one of the implementations."""
 
     def attention(inputs: Inputs, grid: Grid) -> Tensor:
-        query, key, value, *tables = inputs
-        return sape2_attention(query, key, value, key, *tables, grid, PREFIX, implementation=implementation)
+        query, key, value, row_table, column_table = inputs
+        return sape2_attention(
+            query, key, value, key, row_table, column_table, grid, PREFIX, implementation=implementation
+        )
 
     return attention
 
