@@ -5,14 +5,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from .._arguments import check_file, whole_number
 from .._figure import check_matplotlib
 from .._files import atomic_write
 from ..studies.bias_maps.drawing import DPI
 from ..studies.bias_maps.of_images import bias_maps, chosen_blocks, chosen_heads, chosen_patches, see_images
-from ..studies.bias_maps.page import PageImage, bias_page, check_page_size
+from ..studies.bias_maps.page import bias_page, check_page_size
 from ..trained.opening import TrainedModel
 from ..training.console import set_up_logging
 from .model_arguments import add_model_arguments, create_named_model, open_named_model
@@ -112,12 +110,8 @@ def html_page(arguments: argparse.Namespace, trained: TrainedModel, images: Sequ
     head = chosen_heads(arguments.head, model)[0]
     patches = chosen_patches(arguments.patch, model)
     check_page_size(len(images), len(blocks), model.blocks[0].attn.num_heads, model.patch_embed.grid_size)
-    seen_images = [
-        PageImage(seen.name, seen.image, np.stack([seen.biases[block] for block in blocks]))
-        for seen in see_images(trained, images, blocks)
-    ]
     opens_with = (None if head == 'mean' else int(head), patches[0] if patches else None)
-    return bias_page(model, seen_images, blocks, *opens_with, arguments.checkpoint is not None)
+    return bias_page(model, see_images(trained, images, blocks), blocks, *opens_with, arguments.checkpoint is not None)
 
 
 def named_model(arguments: argparse.Namespace) -> TrainedModel:

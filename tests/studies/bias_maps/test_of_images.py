@@ -79,7 +79,7 @@ def test_images_of_pil(model, photo):
     opened, made = Image.open(photo), Image.new('L', (24, 16))
     seen = see_images(TrainedModel(model), [opened, made], [0])
     assert seen[0].name.endswith('photo.png') and seen[1].name == 'image 1'
-    np.testing.assert_allclose(seen[0].biases[0], biases_of(model, photo)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen[0].bias[0], biases_of(model, photo)[0], rtol=1e-4, atol=1e-5)
     assert seen[1].image.shape == (16, 24, 3) and (seen[1].image < 1e-6).all()
 
 

@@ -12,8 +12,8 @@ import torch
 from timm_sape2.positions import ENCODINGS
 from timm_sape2.positions.base import BIAS_HOOKS
 from timm_sape2.studies.bias_maps.biases import attention_biases
+from timm_sape2.studies.bias_maps.of_images import SeenImage
 from timm_sape2.studies.bias_maps.page import (
-    PageImage,
     bias_page,
     check_page_size,
     encoded_bias,
@@ -40,7 +40,7 @@ def page_images(model, *names):
     biases = attention_biases(model, images, [0, 1])
     bias = torch.stack([biases[0], biases[1]], 1).numpy()
     shown = images.sigmoid().permute(0, 2, 3, 1).numpy()
-    return [PageImage(name, *one) for name, *one in zip(names, shown, bias, strict=True)]
+    return [SeenImage(name, *one) for name, *one in zip(names, shown, bias, strict=True)]
 
 
 def data_of(page):
@@ -134,7 +134,7 @@ class TestContent:
         images = page_images(model, 'a')
         texts = data_of(bias_page(model, images, [0, 1]))['words']
         assert any(text.startswith('Block 1 is last: only the class token') for text in texts)
-        first_block = [PageImage(name, image, bias[:1]) for name, image, bias in images]
+        first_block = [SeenImage(name, image, bias[:1]) for name, image, bias in images]
         texts = data_of(bias_page(model, first_block, [0]))['words']
         assert any(text.startswith('Block 1 is left out: only the class token') for text in texts)
         model = tiny_vit('sape2', global_pool='avg')

@@ -53,10 +53,10 @@ def draw_bias_maps(maps: Sequence[BiasMap], patches: Sequence[Patch] = ()) -> 'F
         raise ValueError(f'{len(maps)} lines of maps do not fit into one picture: choose fewer images, blocks or heads')
     figure = new_figure(sum(widths) + 0.6 * len(widths) + 1.2, height)
     figure.set_layout_engine('constrained', h_pad=0.1)
-    color = color_scale(maps)
+    color = color_scale([bias_map.bias for bias_map in maps])
     all_axes = figure.subplots(len(maps), len(widths), squeeze=False, width_ratios=widths)
     for axes, bias_map in zip(all_axes, maps, strict=True):
-        draw_image(axes[0], bias_map, patches)
+        draw_image(axes[0], bias_map.title, bias_map.image, bias_map.bias.shape[:2], patches)
         drawn = draw_overview(axes[1], bias_map, color)
         for detail, patch in zip(axes[2:], patches, strict=True):
             draw_detail(detail, bias_map, patch, color)
@@ -74,10 +74,10 @@ def panel_sides(grid: Grid) -> tuple[float, float]:
     return SIDE, min(max(1.25 * SIDE, 2 * side * (side + 1) / DPI), 24.0)
 
 
-def color_scale(maps: Sequence[BiasMap]) -> dict[str, Any]:
-    """Return the colours of all maps: white for 0, blue below if there is anything below, red above."""
-    lowest = min(float(np.nanmin(bias_map.bias)) for bias_map in maps)
-    largest = max(float(np.nanmax(np.abs(bias_map.bias))) for bias_map in maps) or 1.0
+def color_scale(biases: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return the colours of all biases: white for 0, blue below if there is anything below, red above."""
+    lowest = min(float(np.nanmin(bias)) for bias in biases)
+    largest = max(float(np.nanmax(np.abs(bias))) for bias in biases) or 1.0
     if lowest < 0:
         return {'cmap': 'seismic', 'vmin': -largest, 'vmax': largest}
     return {'cmap': 'gist_heat_r', 'vmin': 0.0, 'vmax': largest}
@@ -89,16 +89,16 @@ def words_of_colors(color: dict[str, Any]) -> str:
     return f'bias added to the attention logits\nwhite = 0, {effect}'
 
 
-def draw_image(axes: 'Axes', bias_map: BiasMap, patches: Sequence[Patch]) -> None:
-    """Draw the image with lines between its patches, and frames around some of them."""
-    rows, columns = bias_map.bias.shape[:2]
-    axes.imshow(bias_map.image, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5), interpolation='nearest')
+def draw_image(axes: 'Axes', title: str, image: np.ndarray, grid: Grid, patches: Sequence[Patch]) -> None:
+    """Draw an image with lines between its patches, and frames around some of them."""
+    rows, columns = grid
+    axes.imshow(image, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5), interpolation='nearest')
     axes.vlines(np.arange(1, columns) - 0.5, -0.5, rows - 0.5, color='white', linewidth=0.4)
     axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color='white', linewidth=0.4)
     for patch in patches:
         frame_patch(axes, patch)
-    label_patches(axes, (rows, columns))
-    axes.set(title=bias_map.title, xlabel='column', ylabel='row')
+    label_patches(axes, grid)
+    axes.set(title=title, xlabel='column', ylabel='row')
 
 
 def draw_overview(axes: 'Axes', bias_map: BiasMap, color: dict[str, Any]) -> 'AxesImage':

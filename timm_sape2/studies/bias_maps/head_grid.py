@@ -10,7 +10,7 @@ from ..._figure import new_figure
 from .drawing import (
     DPI,
     UNSEEN_COLOR,
-    BiasMap,
+    Grid,
     Patch,
     color_scale,
     draw_image,
@@ -59,13 +59,13 @@ def draw_head_grid(maps: Sequence[HeadMaps], patches: Sequence[Patch] = ()) -> '
     if height * DPI >= 2**16:  # matplotlib draws no larger picture
         raise ValueError(f'{len(groups)} grids of heads do not fit into one picture: choose fewer images or blocks')
     figure = new_figure((side * grid[1] / max(grid) + 0.25) * (columns + 1) + 1.2, height)
-    color = color_scale([BiasMap('', head_maps.image, bias) for head_maps in maps for _, bias in head_maps.heads])
+    color = color_scale([bias for head_maps in maps for _, bias in head_maps.heads])
     all_axes = figure.subplots(len(groups) * lines, columns + 1, squeeze=False)
     for axes in all_axes.flat:
         axes.set_axis_off()
     for index, (head_maps, patch) in enumerate(groups):
         group_axes = all_axes[index * lines : (index + 1) * lines]
-        draw_query(group_axes[0, 0], head_maps, patch)
+        draw_query(group_axes[0, 0], head_maps.title, head_maps.image, grid, patch)
         # the last line may have room for more heads
         for axes, (name, bias) in zip(group_axes[:, 1:].flat, head_maps.heads, strict=False):
             drawn = draw_head(axes, name, bias, patch, color)
@@ -74,10 +74,10 @@ def draw_head_grid(maps: Sequence[HeadMaps], patches: Sequence[Patch] = ()) -> '
     return figure
 
 
-def draw_query(axes: 'Axes', head_maps: HeadMaps, patch: Patch | None) -> None:
+def draw_query(axes: 'Axes', title: str, image: np.ndarray, grid: Grid, patch: Patch | None) -> None:
     """Draw the image, and say which query patch the panels beside it are of."""
     axes.set_axis_on()
-    draw_image(axes, BiasMap(head_maps.title, head_maps.image, head_maps.heads[0][1]), [] if patch is None else [patch])
+    draw_image(axes, title, image, grid, [] if patch is None else [patch])
     axes.set(xticks=[], yticks=[], ylabel='')
     every = 'every query patch has a\nsmall map at its place'
     axes.set_xlabel(every if patch is None else f'from row {patch[0]}, column {patch[1]}', fontsize=9)

@@ -26,15 +26,14 @@ _logger = logging.getLogger(__name__)
 
 
 class SeenImage(NamedTuple):
-    """An image as a model sees it, with its biases."""
+    """An image as a model sees it, and its biases in some blocks."""
 
     name: str
-
     image: np.ndarray
     """The image after the preprocessing of the model, (height, width, 3), from 0 to 1."""
 
-    biases: dict[int, Tensor]
-    """By block, from every query patch of every head to every key patch, (h, H, W, H, W)."""
+    bias: np.ndarray
+    """From every query patch to every key patch, (blocks, heads, H, W, H, W)."""
 
 
 def bias_maps(
@@ -75,9 +74,9 @@ def bias_maps(
     names = chosen_heads(wanted, trained.model)
     enlarged = chosen_patches(patches, trained.model)
     lines = [
-        HeadMaps(f'{seen.name}\nblock {block}', seen.image, of_heads(seen.biases[block], names))
+        HeadMaps(f'{seen.name}\nblock {block}', seen.image, of_heads(bias, names))
         for seen in see_images(trained, images, chosen)
-        for block in chosen
+        for block, bias in zip(chosen, seen.bias, strict=True)
     ]
     if 'all' in wanted:
         return draw_head_grid(lines, enlarged)
@@ -105,8 +104,8 @@ def see_images(trained: TrainedModel, images: AnImage | Iterable[AnImage], block
         for number, image in enumerate(tqdm(images, unit='image', disable=len(images) < 2 or None)):
             pixels = transform(opened[number])
             found = attention_biases(model, pixels.unsqueeze(0).to(weight.device, weight.dtype), blocks)
-            biases = {block: bias[0].cpu() for block, bias in found.items()}
-            seen.append(SeenImage(name_of(image, number), as_picture(pixels, data['mean'], data['std']), biases))
+            bias = np.stack([found[block][0].cpu().numpy() for block in blocks])
+            seen.append(SeenImage(name_of(image, number), as_picture(pixels, data['mean'], data['std']), bias))
     return seen
 
 
@@ -157,12 +156,12 @@ def chosen_patches(patches: Iterable[Sequence[int]], model: Any) -> list[Patch]:
     return chosen
 
 
-def of_heads(bias: Tensor, heads: Sequence[str]) -> list[tuple[str, np.ndarray]]:
+def of_heads(bias: np.ndarray, heads: Sequence[str]) -> list[tuple[str, np.ndarray]]:
     """Return title and bias, (H, W, H, W), of some heads out of (h, H, W, H, W), NaN for what is not seen at all."""
-    bias = bias.masked_fill(bias < UNSEEN_BELOW, torch.nan)
+    seen = np.ma.masked_less(bias, UNSEEN_BELOW)
     return [
-        (f'mean of {len(bias)} heads', bias.nanmean(0).numpy())
+        (f'mean of {len(bias)} heads', seen.mean(0).filled(np.nan))
         if head == 'mean'
-        else (f'head {head}', bias[int(head)].numpy())
+        else (f'head {head}', seen[int(head)].filled(np.nan))
         for head in heads
     ]

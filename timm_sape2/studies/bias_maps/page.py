@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,28 +14,17 @@ from ...models.vit import PositionVisionTransformer
 from ...positions.base import BIAS_HOOKS
 from ...positions.sape2 import SaPE2
 from .biases import UNSEEN_BELOW, blocks_with_bias, trained_blocks
+from .of_images import SeenImage
 
 MOST_BYTES = 100e6  # of a page, which a browser still opens in seconds
-UNSEEN = (
-    255  # code of a bias that leaves no attention; others are steps from the lowest of a block and head to the highest
-)
+# The code of a bias that leaves no attention. Others are steps from the lowest of a block and head to the highest.
+UNSEEN = 255
 
 EFFECT = {
     'more': 'dark means more attention, white that nothing is added.',
     'less': 'dark means less attention, white that nothing is taken away.',
     'both': 'red means more attention, blue less, white that nothing changes.',
 }
-
-
-class PageImage(NamedTuple):
-    """An image and its biases in some blocks."""
-
-    name: str
-    image: np.ndarray
-    """The image as the model sees it, (height, width, 3), from 0 to 1."""
-
-    bias: np.ndarray
-    """From every query patch to every key patch, (blocks, heads, H, W, H, W)."""
 
 
 def check_page_size(images: int, blocks: int, heads: int, grid: tuple[int, int]) -> None:
@@ -49,7 +38,7 @@ def check_page_size(images: int, blocks: int, heads: int, grid: tuple[int, int])
 
 def bias_page(
     model: PositionVisionTransformer,
-    images: Sequence[PageImage],
+    images: Sequence[SeenImage],
     blocks: Sequence[int],
     head: int | None = None,
     patch: tuple[int, int] | None = None,
