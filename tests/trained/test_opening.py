@@ -345,6 +345,20 @@ def test_a_checkpoint_is_read_once(checkpoint, monkeypatch):
     assert len(reads) == 2
 
 
+def test_a_patch_size_that_fits_the_size_of_the_run_alone(tmp_path):
+    """Patches of 20 pixels on images of 40x60, of a model that is built for 64x64."""
+    kwargs = {'patch_size': 20, 'depth': 2, 'num_classes': 3}
+    model = timm.create_model('test_vit_sape2', img_size=(40, 60), **kwargs).eval()
+    args = argparse.Namespace(model='test_vit_sape2', model_kwargs=kwargs, img_size=(40, 60))
+    path = str(tmp_path / 'last.pth.tar')
+    torch.save({'state_dict': model.state_dict(), 'args': args}, path)
+    for opened in (
+        open_model(path, model_kwargs={'drop_rate': 0.1}),
+        open_model(path, 'test_vit_sape2', {**kwargs, 'img_size': (40, 60)}, to_train=True),
+    ):
+        assert fingerprint(opened.model) == fingerprint(model)
+
+
 def test_fingerprint_is_of_names_and_values():
     torch.manual_seed(0)
     model = timm.create_model('test_vit_sape2')

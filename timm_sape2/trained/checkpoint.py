@@ -141,7 +141,11 @@ class Checkpoint:
 
     def encodings(self) -> Encodings | None:
         """Return the position encodings of the model that was trained, None if it does not say."""
-        return encodings_by_name(self.model_name, self.model_kwargs)
+        if self.model_name is None:
+            return None
+        input_size = self.describe(self.model_name).get('input_size')
+        size = {} if input_size is None else {'img_size': tuple(input_size[1:])}
+        return encodings_by_name(self.model_name, {**size, **self.model_kwargs})
 
     def describe(self, model_name: str, model_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Describe the weights to timm, in the words of its `pretrained_cfg`, where they say more than the model does.
