@@ -93,7 +93,7 @@ def open_model(
             be reached, config.json is refused, the weights are damaged or do not fit, or were trained with another
             position encoding. The message says what to do.
     """
-    kwargs = dict(model_kwargs or {})
+    kwargs = dict(model_kwargs or {}) | ({} if img_size is None else {'img_size': img_size})
     path = checkpoint_file(source)
     if path is not None:
         source, checkpoint, folder = str(path), Checkpoint.read(path), None
@@ -106,7 +106,7 @@ def open_model(
             if not to_train and model_name not in (None, config['architecture']):
                 raise ValueError(f'{asked} is a {config["architecture"]}, not a {model_name}')
             if not (to_train or is_ours(config['architecture'])):
-                return TrainedModel(_create_timms_own(source, kwargs, img_size), folder=folder)
+                return TrainedModel(_create_timms_own(source, kwargs), folder=folder)
             checkpoint = _read_weights(source, config)
     name = model_name or checkpoint.model_name
     if name is None:
@@ -118,7 +118,7 @@ def open_model(
         check_model_name(name)
         if not weights:
             raise ValueError('there are no weights in it')
-        model = create(checkpoint, weights, name, kwargs, img_size)
+        model = create(checkpoint, weights, name, kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(f'{source} does not load as {name}: {" ".join(str(error).split())}') from error
     if is_ema:
@@ -199,13 +199,9 @@ def check_model_name(name: str, what: str = 'model') -> None:
 
 
 def _create_as_trained(
-    checkpoint: Checkpoint,
-    weights: dict[str, torch.Tensor],
-    name: str,
-    kwargs: Mapping[str, Any],
-    img_size: tuple[int, int] | None,
+    checkpoint: Checkpoint, weights: dict[str, torch.Tensor], name: str, kwargs: dict[str, Any]
 ) -> Any:
-    arguments = {**checkpoint.model_kwargs, **kwargs} | ({} if img_size is None else {'img_size': img_size})
+    arguments = {**checkpoint.model_kwargs, **kwargs}
     description = checkpoint.describe(name, kwargs if checkpoint.model_name is None else {})
     if arguments.get('num_classes') is not None:
         description['num_classes'] = arguments['num_classes']  # others are not adapted here
@@ -219,17 +215,12 @@ def _create_as_trained(
 
 
 def _create_to_train(
-    checkpoint: Checkpoint,
-    weights: dict[str, torch.Tensor],
-    name: str,
-    kwargs: Mapping[str, Any],
-    img_size: tuple[int, int] | None,
+    checkpoint: Checkpoint, weights: dict[str, torch.Tensor], name: str, kwargs: dict[str, Any]
 ) -> Any:
-    arguments = dict(kwargs) | ({} if img_size is None else {'img_size': img_size})
-    added = check_encodings(checkpoint.encodings(), encodings_by_name(name, arguments), may_add=True)
+    added = check_encodings(checkpoint.encodings(), encodings_by_name(name, kwargs), may_add=True)
     given = {**dict.fromkeys(SOURCES), 'state_dict': weights, 'custom_load': False}
     overlay = {**checkpoint.describe(name), **given}
-    model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     del model.pretrained_cfg['state_dict']
     if added:
         names = ', '.join(added)
@@ -237,11 +228,10 @@ def _create_to_train(
     return model
 
 
-def _create_timms_own(source: str, kwargs: Mapping[str, Any], img_size: tuple[int, int] | None) -> Any:
+def _create_timms_own(source: str, kwargs: dict[str, Any]) -> Any:
     """Create a model of timm from a folder or the Hub; timm knows in which ways its own are stored."""
-    arguments = dict(kwargs) | ({} if img_size is None else {'img_size': img_size})
     try:
-        return timm.create_model(source, pretrained=True, **arguments).eval()
+        return timm.create_model(source, pretrained=True, **kwargs).eval()
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'{source} does not load: {" ".join(str(error).split())}') from error
 
