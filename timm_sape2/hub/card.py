@@ -67,14 +67,15 @@ def make_card(folder: Path, repo_id: str | None = None) -> str:
     name = repo_id.partition('/')[2] if repo_id else folder.resolve().name
     has_weights = (folder / WEIGHTS).exists()
     is_shipped = repo_id is None and folder.resolve().parent == shipped().resolve()
+    weights, create_model = _weights(config, folder, is_shipped, repo_id)
     channels, height, width = cfg['input_size']
     text = Template((files(__package__) / 'card.md').read_text(encoding='utf-8')).substitute(
         metadata=_metadata(name, config, metrics, has_weights),
         name=name,
         architecture=config['architecture'],
         position=model.position_name,
-        weights=_weights(config, has_weights, is_shipped, repo_id),
-        create_model=_create_model(config, folder, has_weights, is_shipped, repo_id),
+        weights=weights,
+        create_model=create_model,
         parameters=f'{count_parameters(model) / 1e6:.2f}',
         options=f', options `{json.dumps(options)}`' if options else '',
         image_size=f'{height}x{width}, {channels} {"channel" if channels == 1 else "channels"}',
@@ -156,36 +157,27 @@ def _metadata(name: str, config: dict[str, Any], metrics: dict[str, Any], has_we
     return data.to_yaml()
 
 
-def _weights(config: dict[str, Any], has_weights: bool, is_shipped: bool, repo_id: str | None) -> str:
-    """Return what the introduction says of the weights, and where they are."""
-    cfg = config['pretrained_cfg']
-    trained = DATASETS.get(cfg.get('tag'), (None,))[0]
-    if not has_weights:
-        purpose = f' to train it on {trained}' if trained else ''
-        return f'\n\n**No weights are published.** These are the configuration and the recipe{purpose}.'
-    text = f' It was trained on {trained}.' if trained else ''
+def _weights(config: dict[str, Any], folder: Path, is_shipped: bool, repo_id: str | None) -> tuple[str, str]:
+    """Return what the introduction says of the weights, and the call that creates the model."""
+    architecture, tag = config['architecture'], config['pretrained_cfg'].get('tag')
+    data = DATASETS.get(tag, (None,))[0]
+    if not (folder / WEIGHTS).exists():
+        purpose = f' to train it on {data}' if data else ''
+        text = f'\n\n**No weights are published.** These are the configuration and the recipe{purpose}.'
+        return text, f"timm.create_model('{architecture}'{_changed_arguments(config)})  # random weights"
     if repo_id:
-        return text
-    if is_shipped:
-        return f'{text}\n\nThe weights come with the package, so that the name loads them, without a network.'
-    name = f'{config["architecture"]}.{cfg.get("tag")}' if cfg.get('tag') else config['architecture']
-    return (
-        f'{text}\n\nThe weights are in this folder, from where they load. No repository of the Hub is known to have '
-        f'them, so the name `{name}` alone does not load them.'
-    )
-
-
-def _create_model(
-    config: dict[str, Any], folder: Path, has_weights: bool, is_shipped: bool, repo_id: str | None
-) -> str:
-    """Return the call that creates the model: one of the package, of the Hub, or in a folder alone."""
-    if not has_weights:
-        return f"timm.create_model('{config['architecture']}'{_changed_arguments(config)})  # random weights"
-    if is_shipped:
+        source, where = f'hf-hub:{repo_id}', ''
+    elif is_shipped:
         source = folder.resolve().name
+        where = '\n\nThe weights come with the package, so that the name loads them, without a network.'
     else:
-        source = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder.as_posix()}'
-    return f"timm.create_model('{source}', pretrained=True).eval()"
+        source, name = f'local-dir:{folder.as_posix()}', f'{architecture}.{tag}' if tag else architecture
+        where = (
+            '\n\nThe weights are in this folder, from where they load. No repository of the Hub is known to have them, '
+            f'so the name `{name}` alone does not load them.'
+        )
+    trained = f' It was trained on {data}.' if data else ''
+    return f'{trained}{where}', f"timm.create_model('{source}', pretrained=True).eval()"
 
 
 def _changed_arguments(config: dict[str, Any]) -> str:
