@@ -18,6 +18,7 @@ from .opening import TrainedModel, as_trained, evaluation_mode
 
 TILE = 160  # pixels, side of an image on the contact sheet
 LINE = 15  # pixels, height of a line of text
+COLUMNS = 5  # of the contact sheet
 MOST_IMAGES = 1000
 
 AnImage = str | Path | Image.Image
@@ -175,12 +176,11 @@ def read_image(image: AnImage, mode: str) -> Image.Image:
         raise ValueError(f'{image} cannot be read as an image: {reason}') from error
 
 
-def contact_sheet(predictions: Sequence[Prediction], columns: int = 5, classes: int = 3) -> Image.Image:
+def contact_sheet(predictions: Sequence[Prediction], classes: int = 3) -> Image.Image:
     """Draw images with their likeliest classes below them.
 
     Args:
         predictions: What `predict` returns.
-        columns: Images beside each other.
         classes: Classes to write below an image.
 
     Raises:
@@ -188,7 +188,7 @@ def contact_sheet(predictions: Sequence[Prediction], columns: int = 5, classes: 
     """
     check_contact_sheet(len(predictions))
     classes = min(classes, len(predictions[0].classes))
-    columns = min(columns, len(predictions))
+    columns = min(COLUMNS, len(predictions))
     height = TILE + (classes + 1) * LINE + 10
     sheet = Image.new('RGB', (columns * (TILE + 10) + 10, math.ceil(len(predictions) / columns) * height + 10), 'white')
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
