@@ -165,6 +165,30 @@ def test_hooks_get_patches_grid_and_block(tiny_vit, checkpointing):
         assert expected == CALLS
 
 
+class FirstBlockToy(PositionEncoding):
+    """A bias in the first block, and None, for nothing, in the others."""
+
+    place = 'block'
+
+    def __init__(self, host, *, device=None, dtype=None):
+        super().__init__()
+        self.is_first = host.block == 0
+
+    def attention_bias(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
+    ) -> Tensor | None:
+        return torch.eye(query.shape[2]) if self.is_first else None
+
+
+def test_a_bias_may_be_left_out(tiny_vit, x, monkeypatch):
+    monkeypatch.setitem(ENCODINGS, 'firsttoy', FirstBlockToy)
+    model = tiny_vit('firsttoy', reg_tokens=2)
+    fused = model(x)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(model(x), fused)
+
+
 def test_attention_by_itself_prepares_what_it_needs(tiny_vit):
     attention, tokens = tiny_vit(BOTH, reg_tokens=2).blocks[1].attn, torch.randn(2, 66, 32)
     CALLS.clear()
