@@ -283,6 +283,11 @@ def test_parameters_fall_into_groups(tiny_vit):
         assert found[id(toy.ramp)] == (scale, 0.0) and found[id(toy.scale.weight)] == (scale, 0.05)
 
 
+def test_tables_are_not_decayed_whatever_their_encoding_is_called(tiny_vit, monkeypatch):
+    monkeypatch.setitem(ENCODINGS, 'token-toy', TokenToy)
+    assert 'position.token-toy.ramp' in tiny_vit('token-toy').no_weight_decay()
+
+
 def test_every_parameter_gets_a_gradient(tiny_vit, x):
     model = tiny_vit(BOTH, reg_tokens=2, global_pool='avg')
     model(x).square().sum().backward()
