@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .base import HostShape, PositionEncoding
+from .grid import patch_offsets
 
 _logger = logging.getLogger(__name__)
 
@@ -99,11 +100,8 @@ def resample_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
 def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Entry of the flattened table (2H - 1)(2W - 1) for each pair of patches, (N, N)."""
     height, width = grid
-    rows = torch.arange(height, device=device).unsqueeze(1).expand(-1, width).flatten()
-    columns = torch.arange(width, device=device).unsqueeze(0).expand(height, -1).flatten()
-    row_distance = rows.unsqueeze(1) - rows.unsqueeze(0) + (height - 1)
-    column_distance = columns.unsqueeze(1) - columns.unsqueeze(0) + (width - 1)
-    return row_distance * (2 * width - 1) + column_distance
+    rows, columns = patch_offsets(grid, device).unbind(0)
+    return (height - 1 - rows) * (2 * width - 1) + (width - 1 - columns)
 
 
 @torch.fx.wrap

@@ -147,7 +147,7 @@ class SaPE2(PositionEncoding):
     ) -> tuple[Tensor, Tensor] | None:
         if not self.squared:
             return None
-        query_channels, key_channels = squared_distance_channels(
+        return squared_distance_channels(
             query,
             key,
             self.gates_from(key, value),
@@ -158,7 +158,6 @@ class SaPE2(PositionEncoding):
             self.target,
             self.reference_grid,
         )
-        return query_channels, key_channels
 
     def fused_attention(
         self,
@@ -189,7 +188,6 @@ class SaPE2(PositionEncoding):
             reference_grid=self.reference_grid,
             logit_query=logit_query,
             logit_key=logit_key,
-            recompute=self.recompute,
             implementation=implementation,
         )
 
