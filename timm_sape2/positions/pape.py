@@ -104,7 +104,7 @@ def parabola_channels(coefficients: Tensor, directions: Tensor | None, grid: tup
 
     `-a (p_j - p_i)^2 + b (p_j - p_i) = [-a, 2 a p_i + b, -a p_i^2 - b p_i] . [p_j^2, p_j, 1]`, the last summed over all
     parabolas. Places are counted from the middle of the grid, which changes no difference and leaves more digits to low
-    precision.
+    precision. Attention in bfloat16 rounds them: a bias may be off by about a hundredth of the largest `a_i p_j^2`.
 
     Args:
         coefficients: What curvatures come from, then slopes, (B, h, N, 2 m), or curvatures alone, (B, h, N, 1).

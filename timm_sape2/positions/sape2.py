@@ -41,9 +41,12 @@ class SaPE2(PositionEncoding):
         recompute: Where only the reference runs, compute logits and bias again in the backward pass: nothing with N x N
             numbers is stored for it, at the price of time. Other implementations never store such.
         initial_std: Standard deviation of the initial tables.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        ValueError: An option is not one of those listed, `num_positions` is below 2, or `initial_std` not positive.
+        ValueError: An option is not one of those listed, `num_positions` is below 2, `initial_std` not positive, or an
+            option has no effect beside another.
     """
 
     place = 'block'
@@ -197,7 +200,7 @@ class SaPE2(PositionEncoding):
         prefix: str,
         source_grid: tuple[int, int] | None,
     ) -> None:
-        """Give a checkpoint that was trained with `distance_scale='none'` its own grid as the reference, or drop it."""
+        """Without scaled distances drop the reference grid; with them it is by default the checkpoint's own grid."""
         if self.reference_grid is None:
             state_dict.pop(f'{prefix}reference_grid', None)
             return
