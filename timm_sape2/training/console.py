@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from timm.models import get_model_args
 from timm.utils import setup_default_logging, unwrap_model, world_info_from_env
@@ -31,13 +31,8 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.INFO if is_first else logging.WARNING)
 
 
-def is_quiet() -> bool:
-    """Return whether another process than this one tells what is done."""
-    return logging.getLogger('timm_sape2').level > logging.INFO
-
-
 class EpochProgress:
-    """Shows images a second, loss and time to go. A context manager.
+    """Shows images a second, loss and time to go, unless another process does. A context manager.
 
     Args:
         point: Where the epoch begins.
@@ -46,8 +41,6 @@ class EpochProgress:
         num_images: Number of images of the epoch, over all processes.
         rate: The learning rate of the epoch.
         log_interval: Batches from one line to the next, where there is no terminal.
-        enabled: Show anything at all, which one process of several does.
-        stream: Where the bar goes if it is a terminal.
     """
 
     def __init__(
@@ -58,16 +51,13 @@ class EpochProgress:
         num_images: int,
         rate: float,
         log_interval: int,
-        enabled: bool = True,
-        stream: TextIO | None = None,
     ):
-        stream = stream or sys.stderr
-        enabled = enabled and not is_quiet()
+        is_quiet = logging.getLogger('timm_sape2').level > logging.INFO
         self.batches_to_go = (num_epochs - point.epoch) * num_batches
         self.num_batches = num_batches
         self.rate = rate
         self.log_interval = log_interval
-        self.in_lines = enabled and not stream.isatty()
+        self.in_lines = not is_quiet and not sys.stderr.isatty()
         self.bar = tqdm(
             desc=f'Epoch {point.epoch}',
             total=num_images,
@@ -75,8 +65,7 @@ class EpochProgress:
             unit=' images',
             leave=False,
             dynamic_ncols=True,
-            file=stream,
-            disable=self.in_lines or not enabled,
+            disable=is_quiet or self.in_lines,
         )
         self.clock: tuple[float, int, int] | None = None
 

@@ -35,9 +35,8 @@ from .arguments import flags_of
 from .console import EpochProgress, describe_run
 from .model import build_model, check_compilation, create_optimizer
 from .processes import SignalCatcher, all_random_states, any_process, mean_loss_and_stop
-from .run_folder import add_to_record, begin_record, draw_curves, read_record
 from .task import Resumable, ResumableTask, check_sizes, create_distillation, open_teacher
-from .tracking import TensorBoard, Tracker, Wandb, check_trackers
+from .tracking import TensorBoard, Wandb, check_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class Run:
     folder: Path
     start: ResumePoint
     saver: utils.CheckpointSaver | None = None
-    trackers: Sequence[Tracker] = ()
+    trackers: Sequence[Wandb | TensorBoard] = ()
 
 
 def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | None = None) -> Run:
@@ -88,7 +87,7 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
     images_as = hardware.format_of_images(args.model_dtype, args.channels_last)
     folder = run_folder.path_of_run(args.output, args.experiment, args.model)
     check_writable(folder)
-    read_record(folder)
+    run_folder.read_record(folder)
     checkpoint = resume.find_checkpoint(args.resume, folder)
 
     utils.random_seed(args.seed)
@@ -149,7 +148,8 @@ def set_up(args: argparse.Namespace, initialize: Callable[[nn.Module], None] | N
         flags = flags_of(describe_run, args)
         _logger.info(describe_run(utils.unwrap_model(model), num_images, len(train_loader), folder, **flags))
         run.saver = open_folder(run, recipe, checkpoint)
-        run.trackers = open_trackers(run, recipe)
+        if start.epoch < num_epochs:
+            run.trackers = open_trackers(run, recipe)
     return run
 
 
@@ -187,7 +187,7 @@ def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Checkpoint | None)
     """Make the folder of the run, or put it in order after a kill, and return what saves checkpoints to it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.start.epoch < run.num_epochs:
-        begin_record(
+        run_folder.begin_record(
             run.folder,
             run.start.epoch,
             processes=run.args.world_size,
@@ -214,11 +214,10 @@ def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Checkpoint | None)
     return saver
 
 
-def open_trackers(run: Run, recipe: dict[str, Any]) -> list[Tracker]:
-    """Open what the run is to be reported to, unless nothing is left to report."""
-    args, trackers = run.args, list[Tracker]()
-    if run.start.epoch >= run.num_epochs:
-        return trackers
+def open_trackers(run: Run, recipe: dict[str, Any]) -> list[Wandb | TensorBoard]:
+    """Open what the run is to be reported to."""
+    args = run.args
+    trackers: list[Wandb | TensorBoard] = []
     if args.log_wandb:
         is_resumed = (run.start.epoch, run.start.num_batches) > (0, 0)
         trackers.append(
@@ -245,7 +244,7 @@ def fit(run: Run, signals: SignalCatcher) -> None:
             if metrics is None:
                 stop(run, point, signals)
         if run.saver is not None:
-            add_to_record(run.folder, epoch, point.loss_count, point.seconds, time.perf_counter() - started)
+            run_folder.add_to_record(run.folder, epoch, point.loss_count, point.seconds, time.perf_counter() - started)
         if metrics is not None:
             save_epoch(run, point, metrics)
     for tracker in run.trackers:
@@ -259,9 +258,8 @@ def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint
     num_batches = len(run.train_loader)
     num_images = loaders.images_of_epoch(run.train_loader, epoch) * args.world_size
     updates_per_epoch = math.ceil(num_batches / args.grad_accum_steps)
-    shown = run.saver is not None
     rate = max(group['lr'] for group in run.optimizer.param_groups)
-    progress = EpochProgress(point, run.num_epochs, num_batches, num_images, rate, args.log_interval, shown)
+    progress = EpochProgress(point, run.num_epochs, num_batches, num_images, rate, args.log_interval)
     average, exponent = loaders.average_batch_size(run.train_loader), LOSS_SCALES[args.variable_batch_loss_scale]
     flags = flags_of(loaders.epoch_batches, args)
     batches = loaders.epoch_batches(run.train_loader, run.mixup, point, run.device, **run.images_as, **flags)
@@ -334,7 +332,7 @@ def save_epoch(run: Run, point: ResumePoint, metrics: dict[str, float]) -> None:
     best, best_epoch = run.saver.save_checkpoint(epoch, metric=metrics[run.args.eval_metric])
     for outdated in run.folder.glob('recovery*.pth.tar'):
         outdated.unlink()
-    draw_curves(run.folder)
+    run_folder.draw_curves(run.folder)
     for tracker in run.trackers:
         tracker.log(row)
     speed = f'{point.seconds:.0f} s, {point.loss_count / max(point.seconds, 1e-9):.0f} images/s'

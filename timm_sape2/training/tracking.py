@@ -3,21 +3,11 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .._files import atomic_write
 
 WANDB_ID = 'wandb_id.txt'
-
-
-class Tracker(Protocol):
-    """What an epoch is reported to."""
-
-    def log(self, row: Mapping[str, float]) -> None:
-        """Report an epoch: 'epoch', 'train_loss', 'eval_top1', ..., 'lr'."""
-
-    def close(self) -> None:
-        """End the report of the run."""
 
 
 class Wandb:
@@ -27,9 +17,9 @@ class Wandb:
         folder: The folder of the run, which keeps the id, and the files of `wandb`.
         is_resumed: The run goes on, so that its reports go on too.
         config: The arguments of the run.
-        project: The project, by default that of the account.
+        project: The project, None for that of the account.
         tags: Tags of the run.
-        run_id: Id of the run to go on with, which must exist; by default the one in the folder.
+        run_id: Id of the run to go on with, which must exist; empty for the one in the folder.
     """
 
     def __init__(
@@ -37,9 +27,9 @@ class Wandb:
         folder: Path,
         is_resumed: bool,
         config: Mapping[str, Any],
-        project: str | None = None,
-        tags: Sequence[str] = (),
-        run_id: str = '',
+        project: str | None,
+        tags: Sequence[str],
+        run_id: str,
     ):
         import wandb
 
@@ -49,7 +39,7 @@ class Wandb:
             project=project,
             name=folder.name,
             config=dict(config),
-            tags=list(tags),
+            tags=tags,
             dir=str(folder),
             id=known,
             resume='must' if run_id else 'allow' if known else None,
@@ -58,7 +48,7 @@ class Wandb:
             path.write_text(f'{self.run.id}\n')
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Report an epoch."""
+        """Report an epoch: 'epoch', 'train_loss', 'eval_top1', ..., 'lr'."""
         self.run.log(dict(row))
 
     def close(self) -> None:
