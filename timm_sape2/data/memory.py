@@ -10,7 +10,7 @@ from timm.data import create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from tqdm import tqdm
 
 Batch = tuple[Tensor, Tensor]
@@ -104,16 +104,11 @@ def create_memory_loader(
         is_training: Shuffle, and leave out what does not fill a batch; else go through all in order.
         distributed: Share the images out among the processes, as timm's loaders do.
     """
-    sampler: Sampler
+    sampler: Sampler | None = None
     if distributed:
         sampler = DistributedSampler(dataset) if is_training else OrderedDistributedSampler(dataset)
-    else:
-        sampler = RandomSampler(dataset) if is_training else SequentialSampler(dataset)
-    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=is_training, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Any) -> Batch:
-    return batch
+    shuffle = is_training and not distributed
+    return DataLoader(dataset, batch_size, shuffle, sampler, drop_last=is_training, collate_fn=lambda batch: batch)
 
 
 def read_images(
