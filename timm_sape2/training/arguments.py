@@ -45,11 +45,9 @@ exit codes: 0 trained, 1 the loss is no longer finite, 2 an error in the input,
 130 or 143 stopped by a signal.
 """
 
-
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 SCHEDULES = ('cosine', 'step', 'wsd', 'constant', 'none')
-
-
+NOT_FROM_MEMORY = ('scale', 'ratio', 'aa', 'aug_repeats', 'train_interpolation', 'train_img_sizes')
 SEVERAL_SIZES = (
     *('train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread'),
     *('train_size_random_mix', 'train_batches_per_epoch', 'variable_batch_loss_scale'),
@@ -77,7 +75,7 @@ def parse_arguments(argv: Sequence[str], default_recipe: Path | None = None) -> 
     args = parser.parse_args([*recipe, *argv])
     if args.img_size is not None:
         args.img_size = _height_and_width(args.img_size)
-    _settle_augmentation(args)
+    _settle_augmentation(args, parser)
     _check_sizes(args, parser)
     if not args.log_wandb and (args.wandb_project or args.wandb_tags or args.wandb_resume_id):
         raise ValueError('--wandb-project, --wandb-tags and --wandb-resume-id need --log-wandb')
@@ -443,28 +441,21 @@ def _tracking(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _settle_augmentation(args: argparse.Namespace) -> None:
+def _settle_augmentation(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Fill in what the loader does by default, and refuse what it cannot do."""
-    from_memory = args.loader == 'memory'
-    if args.color_jitter is None:
-        args.color_jitter = 0.0 if from_memory else 0.4
-    if from_memory:
-        args.train_crop_mode = args.train_crop_mode or 'shift'
-        refused = {
-            '--train-crop-mode ' + args.train_crop_mode: args.train_crop_mode != 'shift',
-            '--scale': args.scale is not None,
-            '--ratio': args.ratio is not None,
-            '--color-jitter': args.color_jitter != 0,
-            '--aa': args.aa is not None,
-            '--aug-repeats': args.aug_repeats != 0,
-            '--train-interpolation': args.train_interpolation != 'random',
-            '--train-img-sizes': args.train_img_sizes is not None,
-        }
-        flags = ', '.join(flag for flag, is_given in refused.items() if is_given)
-        if flags:
-            raise ValueError(f'--loader memory does not do {flags}: leave it out, or use --loader workers')
+    if args.loader == 'memory':
+        refused = [name for name in NOT_FROM_MEMORY if _is_given(name, args, parser)]
+        if args.color_jitter:
+            refused.append('color_jitter')
+        if args.train_crop_mode not in (None, 'shift'):
+            refused.append(f'train_crop_mode {args.train_crop_mode}')
+        if refused:
+            raise ValueError(f'--loader memory does not do {_flags(refused)}: leave it out, or use --loader workers')
+        args.color_jitter, args.train_crop_mode = 0.0, 'shift'
     elif args.train_crop_mode == 'shift':
         raise ValueError('--train-crop-mode shift needs --loader memory')
+    elif args.color_jitter is None:
+        args.color_jitter = 0.4
 
 
 def _check_sizes(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
