@@ -89,16 +89,11 @@ def measure_accuracy(
     model, data_config = trained.model.to(device), trained.data_config
     loader = create_loader(
         dataset,
-        input_size=data_config['input_size'],
         batch_size=batch_size,
         use_prefetcher=False,
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
         num_workers=workers,
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
         device=torch.device(device),
+        **data_config,
     )
     bar = tqdm(total=len(dataset), desc='Validating', unit=' images', leave=False, dynamic_ncols=True, disable=None)
     with bar:

@@ -18,7 +18,6 @@ from .opening import TrainedModel, evaluation_mode
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 MOST_BYTES = 2**31 - 2**20  # a file of ONNX is one message of protobuf
-PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')
 TOLERANCE = 1e-2  # of the largest output: 1e-6 from rounding, 1e-3 where older versions of onnxruntime resample
 
 
@@ -125,8 +124,7 @@ def sizes_to_compare(trained: TrainedModel) -> list[tuple[int, int]]:
 
 def metadata(trained: TrainedModel) -> dict[str, str]:
     """Return what a file says beside the graph: JSON of 'class_names' (if there are any) and of 'preprocessing'."""
-    config = trained.data_config
-    said: dict[str, Any] = {'preprocessing': {key: config[key] for key in PREPROCESSING}}
+    said: dict[str, Any] = {'preprocessing': trained.data_config}
     if trained.class_names is not None:
         said['class_names'] = trained.class_names
     return {key: json.dumps(value) for key, value in said.items()}
