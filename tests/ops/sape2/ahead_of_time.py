@@ -70,6 +70,7 @@ def all_cases() -> list[Case]:
     dims = [16, 24, 32, 48, 72, 80, 96, 128]
     cases = [Case(half, grid, 64) for grid in sizes]
     cases += [Case(half, (14, 14), dim) for dim in dims]
+    cases += [Case(half, (24, 24), 48)]
     cases += [Case(half, grid, dim) for grid in ((24, 24), (32, 32)) for dim in (80, 128)]
     for dtype in ('float16', 'float32'):
         cases += [Case(dtype, grid, 64) for grid in ((8, 8), (14, 14), (24, 24), (64, 64))]

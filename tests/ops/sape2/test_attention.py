@@ -42,6 +42,7 @@ class TestChoose:
             ({'dtype': torch.float64}, GRID, {}, 'torch.float64 is none of float32, bfloat16 and float16'),
             ({'size': (1, 1, 13, 8)}, GRID, {}, 'head dimension 8 is outside 16 to 128'),
             ({'size': (1, 1, 13, 136)}, GRID, {}, 'head dimension 136 is outside 16 to 128'),
+            ({'size': (1, 1, 13, 20)}, GRID, {}, 'head dimension 20 is not divisible by 8'),
             ({}, (65, 3), {}, 'the grid 65x3 has more than 64 rows or columns'),
             ({}, (3, 65), {}, 'the grid 3x65 has more than 64 rows or columns'),
             ({}, GRID, {'target': 'qk'}, "target='qk' has two signatures an axis"),

@@ -59,7 +59,7 @@ def by_kernel(grid, prefix):
 
     def attend(query, key, value, rows, columns):
         dim = query.shape[-1]
-        channels = max(16, dim, width + height)
+        channels = max(16, dim, width + height + -(width + height) % 8)
         units = torch.eye(channels, device=query.device)
         nothing = units.new_zeros(1, channels)
         row_table = torch.cat([nothing, units[:width].flip(0)])  # position n is n patches from the end of the line

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._compat import is_being_exported
 from .cpu import cpu_attention, why_not_cpu
-from .operator import triton_attention
+from .operator import UNIT_OF_STRIDES, triton_attention
 from .reference import sape2_bias, scale_tables
 
 IMPLEMENTATIONS = ('triton', 'cpu', 'recompute', 'reference')
@@ -80,12 +80,16 @@ def why_not_triton(query: Tensor, grid: tuple[int, int], target: str) -> str | N
         return 'triton is not installed'
     if not query.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
         return 'not a CUDA tensor'
-    if query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.version.hip is not None:
+        return 'on AMD GPUs it spills registers at many sizes, and it has not been tried there'
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
         return 'the GPU is older than compute capability 8.0'
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f'{query.dtype} is none of float32, bfloat16 and float16'
     if not least <= query.shape[-1] <= most:
         return f'head dimension {query.shape[-1]} is outside {least} to {most}'
+    if query.shape[-1] % UNIT_OF_STRIDES:
+        return f'head dimension {query.shape[-1]} is not divisible by {UNIT_OF_STRIDES}'
     if max(height, width) > MOST_LINES:
         return f'the grid {height}x{width} has more than {MOST_LINES} rows or columns'
     longest = LINES_OF_WIDE_HEADS[query.dtype]

@@ -9,6 +9,7 @@ from .inputs import distinct_inputs, empty_like_output
 
 LONGEST_IN_REGISTERS = 64
 SHORTEST_FOR_PRODUCTS = 4
+UNIT_OF_STRIDES = 8  # numbers: the 16 bytes that a GPU loads at once are 8 of half precision
 
 
 def triton_attention(
@@ -71,7 +72,7 @@ def _attention(
     """
     from . import triton_kernel
 
-    tensors = _with_unit_strides(query, key, value, gate_key, logit_query, logit_key, row_table, column_table)
+    tensors = _with_strides_in_units(query, key, value, gate_key, logit_query, logit_key, row_table, column_table)
     problem = triton_kernel.Problem._make([*tensors, height, width, num_prefix_tokens, gates, target, scale])
     with torch.cuda.device_of(query):
         return triton_kernel.forward(problem)
@@ -116,9 +117,9 @@ def _attention_backward(
     """Return the gradients of the tensors that went into attention, without those that are None."""
     from . import triton_kernel
 
-    tensors = _with_unit_strides(query, key, value, gate_key, logit_query, logit_key, row_table, column_table)
+    tensors = _with_strides_in_units(query, key, value, gate_key, logit_query, logit_key, row_table, column_table)
     problem = triton_kernel.Problem._make([*tensors, height, width, num_prefix_tokens, gates, target, scale])
-    (grad_output,) = _with_unit_strides(grad_output)
+    (grad_output,) = _with_strides_in_units(grad_output)
     with torch.cuda.device_of(query):
         grads = triton_kernel.backward(problem, grad_output, output, logsumexp, points, norms)
     return [grad for grad in grads if grad is not None]
@@ -150,8 +151,14 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ..
 _attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _with_unit_strides(*tensors: Any) -> list[Any]:
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def _with_strides_in_units(*tensors: Any) -> list[Any]:
+    """Copy what has other strides than 1 along channels and multiples of UNIT_OF_STRIDES elsewhere."""
+    return [x if x is None or _has_strides_in_units(x) else x.contiguous() for x in tensors]
+
+
+def _has_strides_in_units(x: Tensor) -> bool:
+    *outer, last = (stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    return last == 1 and all(stride % UNIT_OF_STRIDES == 0 for stride in outer)
 
 
 def padded(size: int) -> int:

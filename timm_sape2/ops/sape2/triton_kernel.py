@@ -29,11 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operator import has_exact_distances, length_of_points, padded
+from .operator import UNIT_OF_STRIDES, has_exact_distances, length_of_points, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 KEPT = tl.constexpr(1 - 2.0**-19)  # of a squared norm
 NO_POINT = tl.constexpr(-1e30)  # squared norm of what has no distance to anything
+UNIT = tl.constexpr(UNIT_OF_STRIDES)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LONGEST_FOR_TRIANGLES = tl.constexpr(32)  # lines whose sums are products with triangles of ones
 LINES = 8  # of the grid, whose signatures one program computes
@@ -152,9 +153,9 @@ def _signature_kernel(
     if BLOCK_WIDTH == 0:
         axis += 1
     image, head, tokens, row = pair // heads, pair % heads, prefix + height * width, BLOCK_WIDTH + BLOCK_HEIGHT
-    query += image * query_strides[0] + head * query_strides[1]
-    key += image * key_strides[0] + head * key_strides[1]
-    gate_key += image * gate_key_strides[0] + head * gate_key_strides[1]
+    query += (image * query_strides[0] + head * query_strides[1]) * UNIT
+    key += (image * key_strides[0] + head * key_strides[1]) * UNIT
+    gate_key += (image * gate_key_strides[0] + head * gate_key_strides[1]) * UNIT
     points += pair * tokens * row + axis * BLOCK_WIDTH
     norms += (pair * 2 + axis) * tokens
     length, lines, step, line_step = _lines_along(axis, width, height)
@@ -178,11 +179,11 @@ def _signature_kernel(
     center = tl.zeros([BLOCK_LINE], tl.float32)
     for turn in range(first - 1, tl.minimum(first + LINES, lines)):  # first the center, which is the mean of line 0
         patch = prefix + tl.where(turn < first, 0, turn) * line_step + t * step
-        query_tile = _load(query, patch, is_inside, query_strides[2], DIM, BLOCK_DIM)
-        key_tile = _load(key, patch, is_inside, key_strides[2], DIM, BLOCK_DIM)
+        query_tile = _load(query, patch, is_inside, query_strides[2] * UNIT, DIM, BLOCK_DIM)
+        key_tile = _load(key, patch, is_inside, key_strides[2] * UNIT, DIM, BLOCK_DIM)
         gate_key_tile = key_tile
         if GATES == 'other':
-            gate_key_tile = _load(gate_key, patch, is_inside, gate_key_strides[2], DIM, BLOCK_DIM)
+            gate_key_tile = _load(gate_key, patch, is_inside, gate_key_strides[2] * UNIT, DIM, BLOCK_DIM)
         _, _, _, fractions, below, slopes = _read_line(
             query_tile,
             gate_key_tile,
@@ -253,9 +254,9 @@ def _signature_backward_kernel(
     """Add what comes through the signatures of a head to the gradients of its queries and keys, and the tables'."""
     pair = tl.program_id(0).to(tl.int64)
     image, head, tokens, row = pair // heads, pair % heads, prefix + height * width, heads * DIM
-    query += image * query_strides[0] + head * query_strides[1]
-    key += image * key_strides[0] + head * key_strides[1]
-    gate_key += image * gate_key_strides[0] + head * gate_key_strides[1]
+    query += (image * query_strides[0] + head * query_strides[1]) * UNIT
+    key += (image * key_strides[0] + head * key_strides[1]) * UNIT
+    gate_key += (image * gate_key_strides[0] + head * gate_key_strides[1]) * UNIT
     offset = (image * tokens * heads + head) * DIM
     grad_query += offset
     grad_key += offset
@@ -275,11 +276,11 @@ def _signature_backward_kernel(
         grad_table_tile = tl.zeros([BLOCK_COUNT, BLOCK_DIM], tl.float32)
         for line in range(lines):
             patch = prefix + line * line_step + t * step
-            query_tile = _load(query, patch, is_inside, query_strides[2], DIM, BLOCK_DIM)
-            key_tile = _load(key, patch, is_inside, key_strides[2], DIM, BLOCK_DIM)
+            query_tile = _load(query, patch, is_inside, query_strides[2] * UNIT, DIM, BLOCK_DIM)
+            key_tile = _load(key, patch, is_inside, key_strides[2] * UNIT, DIM, BLOCK_DIM)
             gate_key_tile = key_tile
             if GATES == 'other':
-                gate_key_tile = _load(gate_key, patch, is_inside, gate_key_strides[2], DIM, BLOCK_DIM)
+                gate_key_tile = _load(gate_key, patch, is_inside, gate_key_strides[2] * UNIT, DIM, BLOCK_DIM)
             content_tile = query_tile if TARGET == 'k' else key_tile
             gates, sums, positions, _, _, slopes = _read_line(
                 query_tile, gate_key_tile, content_tile, table_tile, t, length, count, scale, GATES
@@ -427,16 +428,16 @@ def _forward_kernel(
     tiles = tl.cdiv(tokens, BLOCK_OWN)
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     image, head = pair // heads, pair % heads
-    query += image * query_strides[0] + head * query_strides[1]
-    key += image * key_strides[0] + head * key_strides[1]
-    value += image * value_strides[0] + head * value_strides[1]
+    query += (image * query_strides[0] + head * query_strides[1]) * UNIT
+    key += (image * key_strides[0] + head * key_strides[1]) * UNIT
+    value += (image * value_strides[0] + head * value_strides[1]) * UNIT
     output += (image * tokens * heads + head) * DIM
     row_points, row_norms = points + pair * tokens * (BLOCK_WIDTH + BLOCK_HEIGHT), norms + pair * 2 * tokens
     column_points, column_norms = row_points + BLOCK_WIDTH, row_norms + tokens
 
     own = tl.program_id(0) % tiles * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
     is_own = own < tokens
-    query_tile = _load(query, own, is_own, query_strides[2], DIM, BLOCK_DIM)
+    query_tile = _load(query, own, is_own, query_strides[2] * UNIT, DIM, BLOCK_DIM)
     inside = tl.minimum(own, tokens - 1)
     if BLOCK_WIDTH > 0:
         own_rows, own_row_norms = _own_points(
@@ -451,7 +452,7 @@ def _forward_kernel(
     mixed = tl.zeros([BLOCK_OWN, BLOCK_DIM], tl.float32)
     for start in range(0, tokens, BLOCK_OTHER):
         other, outside = _others(start, tokens, BLOCK_OTHER)
-        key_tile = _load(key, other, None, key_strides[2], DIM, BLOCK_DIM)
+        key_tile = _load(key, other, None, key_strides[2] * UNIT, DIM, BLOCK_DIM)
         bias = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
         if BLOCK_WIDTH > 0:
             squares = _squares(
@@ -491,7 +492,7 @@ def _forward_kernel(
         weights = tl.exp2(logits - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
         total = total * shrink + tl.sum(weights, 1)
-        value_tile = _load(value, other, None, value_strides[2], DIM, BLOCK_DIM)
+        value_tile = _load(value, other, None, value_strides[2] * UNIT, DIM, BLOCK_DIM)
         mixed = _dot(weights.to(value_tile.dtype), value_tile, mixed * shrink[:, None])
         highest = new_highest
     _store(output, own, is_own, heads * DIM, mixed / total[:, None], DIM, BLOCK_DIM)
@@ -543,9 +544,9 @@ def _delta_kernel(
     pair, own = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
     image, head, is_own = pair // heads, pair % heads, own < tokens
     output += (image * tokens * heads + head) * DIM
-    grad_output += image * grad_output_strides[0] + head * grad_output_strides[1]
+    grad_output += (image * grad_output_strides[0] + head * grad_output_strides[1]) * UNIT
     tile = _load(output, own, is_own, heads * DIM, DIM, BLOCK_DIM).to(tl.float32)
-    tile *= _load(grad_output, own, is_own, grad_output_strides[2], DIM, BLOCK_DIM).to(tl.float32)
+    tile *= _load(grad_output, own, is_own, grad_output_strides[2] * UNIT, DIM, BLOCK_DIM).to(tl.float32)
     tl.store(delta + pair * tokens + own, tl.sum(tile, 1), mask=is_own)
     if HAS_FACTORS:
         pitch, factor_pitch = BLOCK_WIDTH + BLOCK_HEIGHT, FACTOR_WIDTH + FACTOR_HEIGHT
@@ -638,10 +639,10 @@ def _backward_kernel(
     tiles = tl.cdiv(tokens, BLOCK_OWN)
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     image, head = pair // heads, pair % heads
-    query += image * query_strides[0] + head * query_strides[1]
-    key += image * key_strides[0] + head * key_strides[1]
-    value += image * value_strides[0] + head * value_strides[1]
-    grad_output += image * grad_output_strides[0] + head * grad_output_strides[1]
+    query += (image * query_strides[0] + head * query_strides[1]) * UNIT
+    key += (image * key_strides[0] + head * key_strides[1]) * UNIT
+    value += (image * value_strides[0] + head * value_strides[1]) * UNIT
+    grad_output += (image * grad_output_strides[0] + head * grad_output_strides[1]) * UNIT
     offset, row = (image * tokens * heads + head) * DIM, heads * DIM
     row_points, row_norms = points + pair * tokens * (BLOCK_WIDTH + BLOCK_HEIGHT), norms + pair * 2 * tokens
     column_points, column_norms = row_points + BLOCK_WIDTH, row_norms + tokens
@@ -669,14 +670,14 @@ def _backward_kernel(
     if BLOCK_HEIGHT > 0:
         column_mixed = tl.zeros([BLOCK_OWN, FACTOR_HEIGHT], tl.float32)
     if AS_QUERIES:
-        own_query = _load(query, own, is_own, query_strides[2], DIM, BLOCK_DIM)
-        own_grad_output = _load(grad_output, own, is_own, grad_output_strides[2], DIM, BLOCK_DIM)
+        own_query = _load(query, own, is_own, query_strides[2] * UNIT, DIM, BLOCK_DIM)
+        own_grad_output = _load(grad_output, own, is_own, grad_output_strides[2] * UNIT, DIM, BLOCK_DIM)
         own_logsumexp = tl.load(logsumexp + own, mask=is_own, other=float('inf'))
         own_delta = tl.load(delta + own, mask=is_own, other=0.0)
         grad_query_tile = tl.zeros([BLOCK_OWN, BLOCK_DIM], tl.float32)
     if AS_KEYS:
-        own_key = _load(key, own, is_own, key_strides[2], DIM, BLOCK_DIM)
-        own_value = _load(value, own, is_own, value_strides[2], DIM, BLOCK_DIM)
+        own_key = _load(key, own, is_own, key_strides[2] * UNIT, DIM, BLOCK_DIM)
+        own_value = _load(value, own, is_own, value_strides[2] * UNIT, DIM, BLOCK_DIM)
         grad_key_tile = tl.zeros([BLOCK_OWN, BLOCK_DIM], tl.float32)
         grad_value_tile = tl.zeros([BLOCK_OWN, BLOCK_DIM], tl.float32)
     for start in range(0, tokens, BLOCK_OTHER):
@@ -718,15 +719,15 @@ def _backward_kernel(
             bias += distances
         grad_logits = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
         if AS_QUERIES:
-            other_key = _load(key, other, None, key_strides[2], DIM, BLOCK_DIM)
-            other_value = _load(value, other, None, value_strides[2], DIM, BLOCK_DIM)
+            other_key = _load(key, other, None, key_strides[2] * UNIT, DIM, BLOCK_DIM)
+            other_value = _load(value, other, None, value_strides[2] * UNIT, DIM, BLOCK_DIM)
             weights = tl.exp2(_dot(own_query, tl.trans(other_key)) * scale + bias - own_logsumexp[:, None])
             grad_logits = weights * (_dot(own_grad_output, tl.trans(other_value)) - own_delta[:, None])
             if OF_INPUTS:
                 grad_query_tile = _dot(grad_logits.to(other_key.dtype), other_key, grad_query_tile)
         if AS_KEYS:
-            other_query = _load(query, other, None, query_strides[2], DIM, BLOCK_DIM)
-            other_grad_output = _load(grad_output, other, None, grad_output_strides[2], DIM, BLOCK_DIM)
+            other_query = _load(query, other, None, query_strides[2] * UNIT, DIM, BLOCK_DIM)
+            other_grad_output = _load(grad_output, other, None, grad_output_strides[2] * UNIT, DIM, BLOCK_DIM)
             other_logsumexp = tl.load(logsumexp + other)
             other_delta = tl.load(delta + other)
             weights = tl.exp2(_dot(own_key, tl.trans(other_query)) * scale + bias - other_logsumexp[None, :])
@@ -807,21 +808,22 @@ def _config(own: int, other: int, warps: int, all_registers: bool = False) -> tr
     return triton.Config({'BLOCK_OWN': own, 'BLOCK_OTHER': other}, num_warps=warps, num_stages=2, maxnreg=most)
 
 
-def _forward_configs(block_dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
+def _forward_configs(dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
     """List configurations that are worth a try and take no more registers than there are."""
     if by_differences:
-        return [_config(32, 32 if block_dim <= 64 else 16, 8, all_registers=True)]
-    if block_dim <= 64 and block_points <= 32:
+        return [_config(32, 32 if dim <= 64 else 16, 8, all_registers=True)]
+    if dim <= 64 and block_points <= 32:
         return [_config(64, 32, 4), _config(128, 64, 8) if _is_hopper() else _config(128, 32, 8)]
-    return [_config(64, 32, 4) if block_dim <= 64 or _is_hopper() else _config(32, 32, 4)]
+    return [_config(64, 32, 4) if dim <= 64 or _is_hopper() else _config(32, 32, 4)]
 
 
-def _backward_configs(block_dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
+def _backward_configs(dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
     """List configurations as `_forward_configs` does."""
     if by_differences:
-        return [_config(32, 16, 8, all_registers=True)]
-    is_large = block_dim > 64 and block_points > 16
-    return [_config(32 if is_large and not _is_hopper() else 64, 16, 4, all_registers=is_large or block_points > 32)]
+        return [_config(16, 16, 8, all_registers=dim <= 64)]
+    if dim > 64 and len(_roles(dim, block_points, by_differences)) == 3 and not _is_hopper():
+        return [_config(32, 16, 2, all_registers=True)]
+    return [_config(64, 16, 4, all_registers=dim > 64 or block_points > 32)]
 
 
 def _signature_warps(block_line: int, block_dim: int, exact: bool) -> int:
@@ -830,26 +832,34 @@ def _signature_warps(block_line: int, block_dim: int, exact: bool) -> int:
     return (2 if exact else 4) * warps if block_dim > 64 and block_line <= 32 else warps
 
 
-def _roles(block_dim: int, block_points: int, by_differences: bool) -> list[Role]:
+def _roles(dim: int, block_points: int, by_differences: bool) -> list[Role]:
     """Share the work of the backward kernel out to as few launches as there are registers for."""
-    if by_differences or block_points > (32 if block_dim <= 64 else 16):
-        return [Role(True, False), Role(False, True, OF_POINTS=False), Role(False, True, OF_INPUTS=False)]
-    if block_dim <= 64 and _is_hopper():
-        return [Role(True, True)]
-    return [Role(True, False), Role(False, True)]
+    one, two = [Role(True, True)], [Role(True, False), Role(False, True)]
+    three = [Role(True, True, OF_INPUTS=False), *(role._replace(OF_POINTS=False) for role in two)]
+    if by_differences:
+        return two
+    if block_points > (32 if dim <= 64 else 16):
+        return three
+    if _is_hopper():
+        return one if dim <= 64 else two
+    needs_three = 32 < dim < 64 or (dim > 64 and _architecture() != 80)  # a few bytes would spill
+    return three if needs_three else two
+
+
+def _architecture() -> Any:
+    """Return the GPU's: 80 for compute capability 8.0, a name for AMD, None in the interpreter."""
+    return None if INTERPRETED.value else triton.runtime.driver.active.get_current_target().arch
 
 
 def _is_hopper() -> bool:
     """Tell whether operands of products come from shared memory, which leaves more registers."""
-    if INTERPRETED.value or torch.version.hip is not None:
-        return False
-    return triton.runtime.driver.active.get_current_target().arch in (90, 100)
+    return _architecture() in (90, 100)
 
 
 @functools.cache
-def _tuned(kernel: Any, list_configs: Any, block_dim: int, block_points: int, by_differences: bool) -> Any:
+def _tuned(kernel: Any, list_configs: Any, dim: int, block_points: int, by_differences: bool) -> Any:
     """A kernel that takes the fastest configuration that there is for these sizes, found at the first launch."""
-    configs = list_configs(block_dim, block_points, by_differences)
+    configs = list_configs(dim, block_points, by_differences)
     configs = configs[:1] if INTERPRETED.value else configs
     return triton.autotune(configs, key=['DIM', 'WIDTH', 'HEIGHT'], cache_results=True)(kernel)
 
@@ -918,10 +928,10 @@ class Problem(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, bool]:
-        """What configurations depend on: blocks of channels and of points, and how distances are computed."""
+        """What configurations depend on: channels, blocks of points, and how distances are computed."""
         blocks = self.blocks
         points = max(blocks['BLOCK_WIDTH'], blocks['BLOCK_HEIGHT'])
-        return blocks['BLOCK_DIM'], points, self.by_differences
+        return blocks['DIM'], points, self.by_differences
 
     @property
     def signature_constants(self) -> dict[str, Any]:
@@ -948,14 +958,15 @@ class Problem(NamedTuple):
 
 
 def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
-    return [x.stride()[:3] for x in tensors]
+    """Return strides in units, so that the compiler knows where rows start."""
+    return [tuple(stride // UNIT_OF_STRIDES for stride in x.stride()[:3]) for x in tensors]
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute signatures and attention.
 
     Args:
-        problem: Its tensors have stride 1 along their last dimension.
+        problem: Its tensors have stride 1 along their last dimension, and multiples of UNIT_OF_STRIDES along others.
 
     Returns:
         Output (B, h, P + N, d), laid out as (B, P + N, h, d), and for the backward pass logarithms (to base 2) of the
@@ -1016,7 +1027,7 @@ def backward(
 
     Args:
         problem: What `forward` was given.
-        grad_output: Gradient of the output, (B, h, P + N, d), with stride 1 along d.
+        grad_output: Gradient of the output, (B, h, P + N, d), with strides as above.
         output: What `forward` returned, and so are the others.
         logsumexp: See `output`.
         points: See `output`.
