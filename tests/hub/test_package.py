@@ -54,6 +54,13 @@ def test_transformers_loads_it(package):
     assert model.timm_model.num_classes == 5
 
 
+def test_the_readme_of_something_else_stays(trained, tmp_path):
+    (tmp_path / 'README.md').write_text('# A project')
+    with pytest.raises(ValueError, match=r'README\.md is not the card of a model: choose another folder'):
+        write_package(tmp_path, trained, 'owner/vit')
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['# A project']
+
+
 def test_metrics_come_from_the_checkpoint(package):
     metrics = json.loads((package / 'metrics.json').read_text())
     assert metrics['top1'] == 61.5 and metrics['measured_by'] == 'training, after epoch 6'

@@ -56,11 +56,13 @@ def write_package(
     Raises:
         OSError: If a file cannot be read or written.
         ValueError: If the model is not one of this package, its weights are not finite, one of the files does not
-            belong to it, or it does not come back the same.
+            belong to it, the folder has another README.md, or it does not come back the same.
     """
     _check_model(trained)
     if trained.folder is not None and trained.folder.resolve() == folder.resolve():
         raise ValueError(f'{folder} is where the model comes from: choose another folder')
+    if (folder / 'README.md').exists() and not (folder / 'config.json').exists():
+        raise ValueError(f'{folder / "README.md"} is not the card of a model: choose another folder')
     measured = _find_metrics(trained, metrics)
     recipes = _find_recipes(trained, recipe)
     names = class_names or trained.class_names
