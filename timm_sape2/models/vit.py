@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +22,12 @@ from torch.jit import Final
 
 from .._compat import feature_take_indices
 from .._names import did_you_mean
-from ..positions import ENCODINGS, HostShape, PositionEncoding, Positions, has_learned_embedding, parse_position
+from ..positions import ENCODINGS, HostShape, Positions, has_learned_embedding, parse_position
 from ..positions.base import GRID_HOOKS
 
 _logger = logging.getLogger(__name__)
+
+POSITION_TABLE = re.compile(r'(^|\.)position\.[^.]+\.[^.]+$')
 
 
 class PositionAttention(Attention):
@@ -159,11 +162,8 @@ class PositionVisionTransformer(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: position tables, besides timm's own."""
-        names = VisionTransformer.no_weight_decay(self)
-        for prefix, module in self.named_modules():
-            if isinstance(module, PositionEncoding):
-                names |= {name for name, _ in module.named_parameters(prefix, recurse=False)}
-        return names
+        tables = {name for name, _ in self.named_parameters() if POSITION_TABLE.search(name)}
+        return VisionTransformer.no_weight_decay(self) | tables
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
