@@ -171,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not args.small:
         parser.error('there is no GPU; --small tries the script on a CPU')
+    if has_gpu:
+        torch.cuda.init()  # machine.json names a GPU that is in use
     folder = Path(args.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     machine = {
