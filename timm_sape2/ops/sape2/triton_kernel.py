@@ -1046,7 +1046,7 @@ def backward(
     grad_points = points.new_empty(sum(role.OF_POINTS for role in roles), batch, heads, tokens, factor_pitch)
     has_factors = not problem.by_differences
     factors = torch.empty_like(grad_points[0], dtype=torch.bfloat16) if has_factors else points
-    _delta_kernel[(batch * heads, triton.cdiv(tokens, 64))](
+    _delta_kernel[(batch * heads, triton.cdiv(tokens, 32))](
         output,
         grad_output,
         points,
@@ -1056,7 +1056,7 @@ def backward(
         heads,
         tokens,
         HAS_FACTORS=has_factors,
-        BLOCK_OWN=64,
+        BLOCK_OWN=32,
         **{name: size for name, size in problem.attention_constants.items() if name != 'DISTANCES'},
     )
     grad_logit_query, grad_logit_key, grad_value = (query.new_empty(batch, tokens, heads, dim) for _ in range(3))
