@@ -9,25 +9,23 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from timm_sape2._figure import new_figure
-from timm_sape2.studies.report import encoding_color, encoding_place, spread_over_seeds
+from timm_sape2.studies.accuracy.training_grid import last_epochs
+from timm_sape2.studies.report import encoding_color, encoding_place, grouped, spread_over_seeds
 
 
-def read_rows(folder: Path) -> list[dict[str, str]]:
+def read_rows(folder: Path) -> list[dict[str, Any]]:
     with open(folder / 'results.csv', newline='') as file:
         return list(csv.DictReader(file))
 
 
 def accuracy_by_encoding(folder: Path) -> dict[str, list[float]]:
     """Return top-1 in percent after the last epoch, a value a seed, without LayerScale."""
-    rows = [row for row in read_rows(folder) if row['layer_scale'] == 'off']
-    last = max(int(row['epoch']) for row in rows)
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if int(row['epoch']) == last:
-            found.setdefault(row['encoding'], []).append(float(row['top1']))
-    return found
+    rows = [row | {'epoch': int(row['epoch'])} for row in read_rows(folder) if row['layer_scale'] == 'off']
+    runs = grouped(last_epochs(rows, ('encoding', 'seed')), 'encoding')
+    return {encoding: [float(row['top1']) for row in of_encoding] for (encoding,), of_encoding in runs.items()}
 
 
 def main(arguments: Sequence[str]) -> None:

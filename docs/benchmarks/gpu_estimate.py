@@ -9,12 +9,18 @@ clock. Pairs count as tiles are padded. Signatures take what moving their tensor
 
 from typing import NamedTuple
 
+from timm_sape2._table import markdown_table
+
 CLOCKS_PER_SECOND = 132 * 4 * 1.755e9  # quarters of multiprocessors, at the boost clock
 BYTES_PER_SECOND = 2.5e12  # of 3.35e12 that the data sheet states
 FLASH_FORWARD = 320e12  # operations a second in bfloat16, as FlashAttention-2 publishes
 FLASH_BACKWARD = 270e12  # assumed
 HALF, SINGLE = 2, 4  # bytes
 BLOCKS, HEADS, DIM = 12, 6, 64  # ViT-S
+COLUMNS = (
+    *('ViT-S/16', 'plain attention, us a block', 'SaPE2', 'signatures'),
+    *('attention to plain', 'training step to plain'),
+)
 
 
 class Kernel(NamedTuple):
@@ -82,17 +88,14 @@ def estimate(setting: Setting) -> dict[str, float]:
     }
 
 
-def table() -> list[str]:
-    lines = [
-        '| ViT-S/16 | plain attention, us a block | SaPE2 | signatures | attention to plain | training step to plain |'
-    ]
-    lines.append('| --- | --- | --- | --- | --- | --- |')
+def table() -> str:
+    rows = []
     for setting in SETTINGS:
         *times, attention, step = estimate(setting).values()
         cells = [f'{time:.0f}' for time in times] + [f'{attention:.2f}', f'{step:.2f}']
-        lines.append(f'| {setting.size}, batches of {setting.batch_size} | {" | ".join(cells)} |')
-    return lines
+        rows.append(dict(zip(COLUMNS, [f'{setting.size}, batches of {setting.batch_size}', *cells], strict=True)))
+    return markdown_table(rows)
 
 
 if __name__ == '__main__':
-    print('\n'.join(table()))
+    print(table())

@@ -804,7 +804,7 @@ class Role(NamedTuple):
 
 def _config(own: int, other: int, warps: int, all_registers: bool = False) -> triton.Config:
     """Return tiles and warps, and whether a thread may take all registers where ptxas would spill to take fewer."""
-    most = 255 if all_registers and torch.version.hip is None else None
+    most = 255 if all_registers else None
     return triton.Config({'BLOCK_OWN': own, 'BLOCK_OTHER': other}, num_warps=warps, num_stages=2, maxnreg=most)
 
 
@@ -847,7 +847,7 @@ def _roles(dim: int, block_points: int, by_differences: bool) -> list[Role]:
 
 
 def _architecture() -> Any:
-    """Return the GPU's: 80 for compute capability 8.0, a name for AMD, None in the interpreter."""
+    """Return the GPU's: 80 for compute capability 8.0, None in the interpreter."""
     return None if INTERPRETED.value else triton.runtime.driver.active.get_current_target().arch
 
 
@@ -952,8 +952,7 @@ class Problem(NamedTuple):
     def attention_constants(self) -> dict[str, Any]:
         """Compile-time arguments of the kernels of attention."""
         width, height = self.lines
-        products = 'tf32' if torch.version.hip is None else 'ieee'
-        distances = 'differences' if self.by_differences else products
+        distances = 'differences' if self.by_differences else 'tf32'
         return self.blocks | {'WIDTH': width, 'HEIGHT': height, 'DISTANCES': distances}
 
 
