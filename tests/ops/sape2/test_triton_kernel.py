@@ -300,8 +300,12 @@ class TestFromQueriesToOutputs:
         """Half precision has a norm behind the signature in memory, and room for it or not."""
         self.check(whole(torch.bfloat16, device, grid, 1, size=0.03), grid, 1, forward=2e-2, backward=2e-2)
 
-    def test_more_lines_than_a_program_takes(self, device):
-        self.check(whole(torch.float32, device, (18, 3), 1), (18, 3), 1)
+    @pytest.mark.parametrize(
+        ('target', 'gates'), [('k', 'key'), ('k', 'other'), ('q', 'key'), ('q', 'none')], ids=' of '.join
+    )
+    def test_more_lines_and_rows_than_a_program_takes_at_once(self, device, target, gates):
+        """A program computes the signatures of 8 lines, of 16 patches of a line at once."""
+        self.check(whole(torch.float32, device, (18, 3), 1), (18, 3), 1, target=target, gates=gates)
 
     def test_a_patch_without_a_number(self, device):
         """NaN in one patch's query spreads to all patches, and not to prefix tokens."""
@@ -326,8 +330,8 @@ class TestFromQueriesToOutputs:
 @pytest.fixture(params=[False, True], ids=['in roles', 'at once'])
 def hopper(request, monkeypatch):
     """Whether the backward kernel has the registers of a Hopper."""
-    triton_kernel = pytest.importorskip('timm_sape2.ops.sape2.triton_kernel')
-    monkeypatch.setattr(triton_kernel, '_is_hopper', lambda: request.param)
+    triton_attention = pytest.importorskip('timm_sape2.ops.sape2.triton_attention')
+    monkeypatch.setattr(triton_attention, '_is_hopper', lambda: request.param)
     return request.param
 
 
@@ -341,26 +345,22 @@ def test_roles_of_the_backward_kernel(device, grid):
 
 
 def test_launches(device, hopper, monkeypatch):
-    """Two kernels forward; three backward, or four, and a sum for each table."""
-    triton_kernel = pytest.importorskip('timm_sape2.ops.sape2.triton_kernel')
+    """Two kernels forward; three backward, or four, before the sum of the tables' gradients."""
+    from timm_sape2.ops.sape2 import triton_attention, triton_signatures
+
     launched = []
 
     def count(name, run):
         return lambda *args, **kwargs: launched.append(name) or run(*args, **kwargs)
 
-    for name in (
-        '_signature_kernel',
-        '_forward_kernel',
-        '_delta_kernel',
-        '_backward_kernel',
-        '_signature_backward_kernel',
-    ):
-        kernel = getattr(triton_kernel, name)
-        monkeypatch.setattr(kernel, 'run', count(name, kernel.run))
+    for module in (triton_signatures, triton_attention):
+        for name in [name for name in vars(module) if name.endswith('_kernel')]:
+            kernel = getattr(module, name)
+            monkeypatch.setattr(kernel, 'run', count(name, kernel.run))
     query, key, value, *_, row_table, column_table = whole(torch.bfloat16, device, (4, 5), 1)
     output = sape2_attention(query, key, value, key, row_table, column_table, (4, 5), 1, implementation='triton')
-    assert launched == ['_signature_kernel', '_forward_kernel']
+    assert launched == ['signature_kernel', 'forward_kernel']
     launched.clear()
     output.backward(torch.ones_like(output))
-    roles = ['_backward_kernel'] if hopper else ['_backward_kernel', '_backward_kernel']
-    assert launched == ['_delta_kernel', *roles, '_signature_backward_kernel']
+    roles = ['backward_kernel'] if hopper else ['backward_kernel', 'backward_kernel']
+    assert launched == ['delta_kernel', *roles, 'signature_backward_kernel']
