@@ -300,6 +300,11 @@ class TestFromQueriesToOutputs:
         """Half precision has a norm behind the signature in memory, and room for it or not."""
         self.check(whole(torch.bfloat16, device, grid, 1, size=0.03), grid, 1, forward=2e-2, backward=2e-2)
 
+    def test_wide_heads_on_long_lines(self, device):
+        """Backward in four launches of attention."""
+        inputs = whole(torch.bfloat16, device, (2, 33), 1, dim=72, size=0.03)
+        self.check(inputs, (2, 33), 1, forward=2e-2, backward=2e-2)
+
     @pytest.mark.parametrize(
         ('target', 'gates'), [('k', 'key'), ('k', 'other'), ('q', 'key'), ('q', 'none')], ids=' of '.join
     )

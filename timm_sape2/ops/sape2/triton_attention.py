@@ -505,14 +505,14 @@ def forward_configs(dim: int, block_points: int, by_differences: bool) -> list[t
         return [_config(32, 32 if dim <= 64 else 16, 8, all_registers=True)]
     if dim <= 64 and block_points <= 32:
         return [_config(64, 32, 4), _config(128, 64, 8) if _is_hopper() else _config(128, 32, 8)]
-    return [_config(64, 32, 4) if dim <= 64 or _is_hopper() else _config(32, 32, 4)]
+    return [_config(64, 32, 4) if dim <= 64 or _is_hopper() else _config(32, 32, 4, all_registers=True)]
 
 
 def backward_configs(dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
     """List configurations as `forward_configs` does."""
     if by_differences:
         return [_config(16, 16, 8, all_registers=dim <= 64)]
-    if dim > 64 and len(share_out(dim, block_points, by_differences)) == 3 and not _is_hopper():
+    if dim > 64 and len(share_out(dim, block_points, by_differences)) > 2 and not _is_hopper():
         return [_config(32, 16, 2, all_registers=True)]
     return [_config(64, 16, 4, all_registers=dim > 64 or block_points > 32)]
 
@@ -520,9 +520,12 @@ def backward_configs(dim: int, block_points: int, by_differences: bool) -> list[
 def share_out(dim: int, block_points: int, by_differences: bool) -> list[Role]:
     """Share the work of the backward kernel out to as few launches as there are registers for."""
     one, two = [Role(True, True)], [Role(True, False), Role(False, True)]
-    three = [Role(True, True, OF_INPUTS=False), *(role._replace(OF_POINTS=False) for role in two)]
+    of_inputs = [role._replace(OF_POINTS=False) for role in two]
+    three = [Role(True, True, OF_INPUTS=False), *of_inputs]
     if by_differences:
         return two
+    if block_points > 32 and dim > 64:
+        return [*(role._replace(OF_INPUTS=False) for role in two), *of_inputs]
     if block_points > (32 if dim <= 64 else 16):
         return three
     if _is_hopper():

@@ -3,7 +3,7 @@
 Memory is linear in the tokens: of the N x N logits and distances only one tile at a time exists. Forward there are two
 launches: the signatures of all patches (triton_signatures.py), then attention with the bias that they make
 (triton_attention.py). Backward there are four: sums that the softmax's gradient needs, attention, signatures, and the
-sum of the tables' gradients over heads; one or two more where registers are not enough for all of attention at once.
+sum of the tables' gradients over heads; one to three more where registers are not enough for all of attention at once.
 
 Importing this module imports triton. operator.py makes an operator of it.
 """
