@@ -1,5 +1,7 @@
 """Every private name of timm and torch that this package needs, in one place."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from timm.layers import is_exporting
 from timm.layers.pos_embed_sincos import init_random_2d_freqs as init_random_2d_freqs
@@ -17,3 +19,8 @@ def is_being_exported() -> bool:
 def is_in_torch_func() -> bool:
     """Tell whether a transform of torch.func (grad, vmap, ...) is running."""
     return torch._C._are_functorch_transforms_active()
+
+
+def compiled_at_most(times: int) -> AbstractContextManager[None]:
+    """Let torch.compile compile one piece of code for so many different models, in place of 8."""
+    return torch._dynamo.config.patch(recompile_limit=times)

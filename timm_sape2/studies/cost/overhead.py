@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._compat import compiled_at_most
 from ..._figure import new_figure
 from ..._table import markdown_table
 from ...models.flops import count_flops, count_parameters, input_size
@@ -127,7 +128,7 @@ model. What gives wrong numbers is not measured: the study stops.
         torch.manual_seed(0)
         torch.compiler.reset()
         names = list(dict.fromkeys((self.baseline, *self.variants)))
-        with refuse_too_large(unit, device), torch._dynamo.config.patch(recompile_limit=8 * len(names)):
+        with refuse_too_large(unit, device), compiled_at_most(8 * len(names)):
             models = {name: self.create(name, unit['setting'], device) for name in names}
             for model in models.values():
                 draw_tables(model, TABLE_STD)
