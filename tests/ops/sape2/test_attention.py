@@ -53,6 +53,13 @@ class TestChoose:
                 'lines of 17 patches with 72 channels of torch.float32 take more registers than a GPU has: '
                 'with more than 64 channels, at most 16',
             ),
+            (
+                {'size': (1, 1, 33, 104), 'dtype': torch.bfloat16},
+                (33, 1),
+                {},
+                'lines of 33 patches with 104 channels of torch.bfloat16 take more registers than a GPU has: '
+                'with more than 96 channels, at most 32',
+            ),
         ],
     )
     def test_what_the_kernel_cannot_do(self, triton_device, query, grid, options, reason):
@@ -61,7 +68,7 @@ class TestChoose:
 
     @pytest.mark.parametrize(
         ('dtype', 'line', 'dim'),
-        [(torch.float32, 16, 128), (torch.float32, 64, 64), (torch.bfloat16, 64, 128), (torch.float16, 64, 128)],
+        [(torch.float32, 16, 128), (torch.float32, 64, 64), (torch.bfloat16, 32, 128), (torch.float16, 64, 96)],
     )
     def test_largest_heads_and_lines(self, triton_device, dtype, line, dim):
         query = torch.zeros(1, 1, line, dim, dtype=dtype, device=triton_device)

@@ -19,8 +19,8 @@ IMPLEMENTATIONS = ('triton', 'cpu', 'recompute', 'reference')
 
 HEAD_DIMS = (16, 128)
 MOST_LINES = 64
-LINES_OF_WIDE_FLOAT32 = 16
-"""Most rows or columns of patches for float32 heads of more than 64 channels in the Triton kernel."""
+WIDE_HEADS = {torch.float32: (64, 16), torch.bfloat16: (96, 32), torch.float16: (96, 32)}
+"""Heads of more channels than the first number have lines of at most the second in the Triton kernel."""
 
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 
@@ -92,10 +92,11 @@ def why_not_triton(query: Tensor, grid: tuple[int, int], target: str) -> str | N
         return f'head dimension {query.shape[-1]} is not divisible by {UNIT_OF_STRIDES}'
     if max(height, width) > MOST_LINES:
         return f'the grid {height}x{width} has more than {MOST_LINES} rows or columns'
-    if query.dtype == torch.float32 and query.shape[-1] > 64 and max(height, width) > LINES_OF_WIDE_FLOAT32:
+    widest, longest = WIDE_HEADS[query.dtype]
+    if query.shape[-1] > widest and max(height, width) > longest:
         return (
             f'lines of {max(height, width)} patches with {query.shape[-1]} channels of {query.dtype} take more '
-            f'registers than a GPU has: with more than 64 channels, at most {LINES_OF_WIDE_FLOAT32}'
+            f'registers than a GPU has: with more than {widest} channels, at most {longest}'
         )
     if target == 'qk':
         return "target='qk' has two signatures an axis"
