@@ -122,10 +122,11 @@ def test_screening():
 
 def test_the_readme_has_the_fair_table():
     last = {row['encoding']: row['top1'] for row in table_of(RESULTS / 'fair' / 'results.csv') if row['epoch'] == '15'}
-    both, alone, rotary, sape2 = (float(last[name]) for name in ('learned+sape2', 'learned', 'rope', 'sape2'))
+    names = ('learned+sape2', 'learned', 'rope', 'sape2', 'nope')
+    both, alone, rotary, sape2, none = (float(last[name]) for name in names)
     text = (
         f'SaPE2 + learned reaches {both:.2f} %, learned embeddings alone {alone:.2f} %, rotary {rotary:.2f} %, '
-        f'SaPE2 alone {sape2:.2f} %'
+        f'SaPE2 alone {sape2:.2f} %, no encoding {none:.2f} %'
     )
     assert text in ' '.join(README.split())
 
@@ -133,9 +134,11 @@ def test_the_readme_has_the_fair_table():
 def test_the_readme_has_the_screening():
     rows = table_of(RESULTS / 'screening' / 'results.csv')
     top1 = {row['encoding']: float(row['top1']) for row in rows if (row['epoch'], row['seed']) == ('3', '0')}
-    direct, distances, rotary = (top1[name] for name in ('axial_cope', 'sape2', 'rope'))
+    names = ('axial_cope', 'sape2', 'rope', 'axial_cope(gating=none)')
+    direct, distances, rotary, ungated = (top1[name] for name in names)
     text = (
         f'(`axial_cope`) is {direct - distances:.1f} points above taking their distances (`sape2`) after 625 updates, '
-        f'and {rotary - direct:.1f} below rotary'
+        f'and {rotary - direct:.1f} below rotary, to which it adds nothing; without gates it is '
+        f'{ungated - direct:.1f} points better'
     )
     assert text in ' '.join(README.split())
