@@ -18,9 +18,10 @@ IMPLEMENTATIONS = ('triton', 'cpu', 'recompute', 'reference')
 """Ways to compute SaPE2 attention, the best first."""
 
 HEAD_DIMS = (16, 128)
+MOST_CHANNELS_OF_FLOAT32 = 64
 MOST_LINES = 64
-WIDE_HEADS = {torch.float32: (64, 16), torch.bfloat16: (96, 32), torch.float16: (96, 32)}
-"""Heads of more channels than the first number have lines of at most the second in the Triton kernel."""
+MOST_LINES_OF_WIDE_HEADS = 32
+"""Of heads of more than 96 channels."""
 
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 
@@ -90,13 +91,14 @@ def why_not_triton(query: Tensor, grid: tuple[int, int], target: str) -> str | N
         return f'head dimension {query.shape[-1]} is outside {least} to {most}'
     if query.shape[-1] % UNIT_OF_STRIDES:
         return f'head dimension {query.shape[-1]} is not divisible by {UNIT_OF_STRIDES}'
+    if query.dtype == torch.float32 and query.shape[-1] > MOST_CHANNELS_OF_FLOAT32:
+        return f'{query.shape[-1]} channels of float32 take more registers than a GPU has'
     if max(height, width) > MOST_LINES:
         return f'the grid {height}x{width} has more than {MOST_LINES} rows or columns'
-    widest, longest = WIDE_HEADS[query.dtype]
-    if query.shape[-1] > widest and max(height, width) > longest:
+    if query.shape[-1] > 96 and max(height, width) > MOST_LINES_OF_WIDE_HEADS:
         return (
-            f'lines of {max(height, width)} patches with {query.shape[-1]} channels of {query.dtype} take more '
-            f'registers than a GPU has: with more than {widest} channels, at most {longest}'
+            f'the grid {height}x{width} has more than {MOST_LINES_OF_WIDE_HEADS} rows or columns, '
+            f'which with {query.shape[-1]} channels take more registers than a GPU has'
         )
     if target == 'qk':
         return "target='qk' has two signatures an axis"

@@ -504,14 +504,15 @@ def forward_configs(dim: int, block_points: int, by_differences: bool) -> list[t
     if by_differences:
         return [_config(32, 32 if dim <= 64 else 16, 8, all_registers=True)]
     if dim <= 64 and block_points <= 32:
-        return [_config(64, 32, 4), _config(128, 64, 8) if _is_hopper() else _config(128, 32, 8)]
+        small = _config(64, 32, 4, all_registers=dim < 32)
+        return [small, _config(128, 64, 8) if _is_hopper() else _config(128, 32, 8)]
     return [_config(64, 32, 4) if dim <= 64 or _is_hopper() else _config(32, 32, 4, all_registers=True)]
 
 
 def backward_configs(dim: int, block_points: int, by_differences: bool) -> list[triton.Config]:
     """List configurations as `forward_configs` does."""
     if by_differences:
-        return [_config(16, 16, 8, all_registers=dim <= 64)]
+        return [_config(16, 16, 8, all_registers=True)]
     if dim > 64 and len(share_out(dim, block_points, by_differences)) > 2 and not _is_hopper():
         return [_config(32, 16, 2, all_registers=True)]
     return [_config(64, 16, 4, all_registers=dim > 64 or block_points > 32)]

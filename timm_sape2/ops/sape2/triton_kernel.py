@@ -213,6 +213,7 @@ def backward(
         tokens,
         HAS_FACTORS=has_factors,
         BLOCK_OWN=32,
+        maxnreg=255,
         **{name: size for name, size in problem.attention_constants.items() if name != 'DISTANCES'},
     )
     grad_logit_query, grad_logit_key, grad_value = (query.new_empty(batch, tokens, heads, dim) for _ in range(3))
