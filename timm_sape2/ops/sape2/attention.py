@@ -20,8 +20,9 @@ IMPLEMENTATIONS = ('triton', 'cpu', 'recompute', 'reference')
 HEAD_DIMS = (16, 128)
 MOST_CHANNELS_OF_FLOAT32 = 64
 MOST_LINES = 64
+WIDEST_ON_LONG_LINES = 96
 MOST_LINES_OF_WIDE_HEADS = 32
-"""Of heads of more than 96 channels."""
+"""Of heads of more than WIDEST_ON_LONG_LINES channels."""
 
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 
@@ -95,7 +96,7 @@ def why_not_triton(query: Tensor, grid: tuple[int, int], target: str) -> str | N
         return f'{query.shape[-1]} channels of float32 take more registers than a GPU has'
     if max(height, width) > MOST_LINES:
         return f'the grid {height}x{width} has more than {MOST_LINES} rows or columns'
-    if query.shape[-1] > 96 and max(height, width) > MOST_LINES_OF_WIDE_HEADS:
+    if query.shape[-1] > WIDEST_ON_LONG_LINES and max(height, width) > MOST_LINES_OF_WIDE_HEADS:
         return (
             f'the grid {height}x{width} has more than {MOST_LINES_OF_WIDE_HEADS} rows or columns, '
             f'which with {query.shape[-1]} channels take more registers than a GPU has'
