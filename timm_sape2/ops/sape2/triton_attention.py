@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_tiles import INTERPRETED, LOG2_E, UNIT, architecture, dot, load_rows, store_rows
+from .triton_tiles import INTERPRETED, LOG2_E, MOST_REGISTERS, UNIT, architecture, dot, load_rows, store_rows
 
 
 @triton.jit
@@ -495,7 +495,7 @@ class Role(NamedTuple):
 
 def _config(own: int, other: int, warps: int, all_registers: bool = False) -> triton.Config:
     """Return tiles and warps, and whether a thread may take all registers where ptxas would spill to take fewer."""
-    most = 255 if all_registers else None
+    most = MOST_REGISTERS if all_registers else None
     return triton.Config({'BLOCK_OWN': own, 'BLOCK_OTHER': other}, num_warps=warps, num_stages=2, maxnreg=most)
 
 

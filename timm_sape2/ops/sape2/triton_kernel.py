@@ -20,6 +20,7 @@ from torch import Tensor
 from . import triton_attention as attention
 from . import triton_signatures as signatures
 from .operator import UNIT_OF_STRIDES, has_exact_distances, length_of_points, padded
+from .triton_tiles import MOST_REGISTERS
 
 
 class Problem(NamedTuple):
@@ -213,7 +214,7 @@ def backward(
         tokens,
         HAS_FACTORS=has_factors,
         BLOCK_OWN=32,
-        maxnreg=255,
+        maxnreg=MOST_REGISTERS,
         **{name: size for name, size in problem.attention_constants.items() if name != 'DISTANCES'},
     )
     grad_logit_query, grad_logit_key, grad_value = (query.new_empty(batch, tokens, heads, dim) for _ in range(3))

@@ -10,7 +10,7 @@ short, so that the squared distance of a patch to itself, and all that rounding 
 import triton
 import triton.language as tl
 
-from .triton_tiles import LOG2_E, UNIT, add_to_rows, dot, load_rows, store_rows
+from .triton_tiles import LOG2_E, MOST_REGISTERS, UNIT, add_to_rows, dot, load_rows, store_rows
 
 KEPT = tl.constexpr(1 - 2.0**-19)  # of a squared norm
 NO_POINT = tl.constexpr(-1e30)  # squared norm of what has no distance to anything
@@ -221,8 +221,7 @@ def signature_backward_kernel(
         grad_table_tile = tl.zeros([BLOCK_COUNT, BLOCK_DIM], tl.float32)
         for line in range(lines):
             patch = prefix + line * line_step + t * step
-            if GATES != 'none':
-                gate_key_tile = load_rows(gate_key, patch, is_inside, gate_key_strides[2] * UNIT, DIM, BLOCK_DIM)
+            gate_key_tile = load_rows(gate_key, patch, is_inside, gate_key_strides[2] * UNIT, DIM, BLOCK_DIM)
             for start in range(0, BLOCK_LINE, BLOCK_ROWS):
                 spot = start + tl.arange(0, BLOCK_ROWS)
                 is_row, row_patch = spot < length, prefix + line * line_step + spot * step
@@ -232,7 +231,7 @@ def signature_backward_kernel(
                     content_tile = load_rows(key, row_patch, is_row, key_strides[2] * UNIT, DIM, BLOCK_DIM)
                 gates, sums, positions, _, _, slopes = _read_line(
                     query_tile,
-                    content_tile if GATES == 'none' else gate_key_tile,
+                    gate_key_tile,
                     content_tile,
                     table_tile,
                     t,
@@ -271,7 +270,7 @@ def signature_backward_kernel(
                     tl.debug_barrier()  # gates' keys may be the content
                 add_to_rows(grad_content, row_patch, is_row, row, grad_content_tile, DIM, BLOCK_DIM)
                 if TARGET == 'q':
-                    tl.debug_barrier()
+                    tl.debug_barrier()  # the next rows' gates may add to the same keys
         store_rows(grad_table, n, n < count, DIM, grad_table_tile, DIM, BLOCK_DIM)
         tl.debug_barrier()  # the other axis adds to what this one has written
 
@@ -291,4 +290,4 @@ def tile(line: int, dim: int, is_exact: bool, is_backward: bool) -> dict[str, in
         rows, warps = min(line, 32), line // 8 * (2 if dim > 64 else 1)
     else:
         rows, warps = min(line, 32), line // 16 * (4 if dim > 64 else 1)
-    return {'BLOCK_ROWS': rows, 'num_warps': min(warps, 8), 'maxnreg': 255}
+    return {'BLOCK_ROWS': rows, 'num_warps': min(warps, 8), 'maxnreg': MOST_REGISTERS}

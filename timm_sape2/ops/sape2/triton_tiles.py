@@ -12,6 +12,7 @@ from .operator import UNIT_OF_STRIDES
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 UNIT = tl.constexpr(UNIT_OF_STRIDES)
+MOST_REGISTERS = 255  # of a thread; where the compiler is not told, it may spill to take fewer
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
