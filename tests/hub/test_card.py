@@ -113,14 +113,6 @@ def test_the_recipe_is_shown_as_it_is(folder):
     assert text.startswith('`torchrun --nproc_per_node=N -m timm_sape2 train -c train.yaml --data-dir DIR`')
 
 
-def test_recipes_of_three_runs(folder):
-    for name in ('pretrain.yaml', 'train.yaml', 'continue.yaml'):
-        (folder / name).write_text('dataset: digits\n')
-    text = section(make_card(folder), 'Training')
-    assert 'then `timm-sape2 train -c train.yaml`, then `timm-sape2 train -c continue.yaml` of' in text
-    assert 'trains it, with pretrain.yaml, train.yaml and continue.yaml:' in text
-
-
 def test_recipes_of_two_runs_and_what_they_took(folder):
     (folder / 'pretrain.yaml').write_text('dataset: digits\nepochs: 2\n')
     (folder / 'train.yaml').write_text('dataset: digits\nepochs: 1\n')

@@ -29,7 +29,7 @@ def error(*args, **kwargs):
 
 
 def test_its_files(package):
-    assert sorted(file.name for file in package.iterdir()) == sorted(set(FILES) - {'pretrain.yaml', 'continue.yaml'})
+    assert sorted(file.name for file in package.iterdir()) == sorted(set(FILES) - {'pretrain.yaml'})
 
 
 def test_the_configuration(package, trained):
@@ -94,7 +94,6 @@ def test_own_license_class_names_recipe_and_metrics(trained, package, tmp_path):
     recipe, metrics = tmp_path / 'mine.yaml', tmp_path / 'mine.json'
     recipe.write_text('epochs: 3\n')
     recipe.with_name('pretrain.yaml').write_text('epochs: 2\n')
-    recipe.with_name('continue.yaml').write_text('epochs: 4\n')
     measured = json.loads((package / 'metrics.json').read_text())
     metrics.write_text(json.dumps(measured | {'top1': 62.0}))
     names = ['rose', 'tulip', 'lily', 'iris', 'poppy']
@@ -105,7 +104,6 @@ def test_own_license_class_names_recipe_and_metrics(trained, package, tmp_path):
     assert config['pretrained_cfg']['license'] == 'cc-by-4.0' and config['pretrained_cfg']['tag'] == 'flowers'
     assert (folder / 'train.yaml').read_text() == 'epochs: 3\n'
     assert (folder / 'pretrain.yaml').read_text() == 'epochs: 2\n'
-    assert (folder / 'continue.yaml').read_text() == 'epochs: 4\n'
     assert '| top-1 accuracy | 62.00 % |' in (folder / 'README.md').read_text()
     assert open_model(str(folder)).class_names == names
 
@@ -128,33 +126,11 @@ def test_what_training_took_comes_from_the_folders_of_the_runs(checkpoint, tmp_p
     assert json.loads((tmp_path / 'again' / 'metrics.json').read_text())['training'] == training
 
 
-@pytest.mark.parametrize(
-    'text', ['{"training": [{"epochs": 20, "images_per_second": 380}]}', '{"training": 3}', '[', None]
-)
-def test_what_training_took_goes_on_from_a_published_model(checkpoint, tmp_path, text):
-    (tmp_path / 'model').mkdir()
-    if text:
-        (tmp_path / 'model' / 'metrics.json').write_text(text)
-    run = tmp_path / 'run'
-    run.mkdir()
-    write_arguments(run, {'pretrained_path': str(tmp_path / 'model' / 'model.safetensors')})
-    begin_record(run, 0, processes=1)
-    add_to_record(run, 0, 3600, training_seconds=4.0, validation_seconds=0)
-    shutil.copy(checkpoint, run / 'last.pth.tar')
-    write_package(tmp_path / 'out', open_model(str(run / 'last.pth.tar')), 'owner/vit')
-    training = json.loads((tmp_path / 'out' / 'metrics.json').read_text())['training']
-    before = [380] if text and '380' in text else []
-    assert [run['images_per_second'] for run in training] == [*before, 900]
-
-
-@pytest.mark.parametrize('name', ['pretrain.yaml', 'continue.yaml'])
-def test_the_recipe_of_another_run_as_the_recipe(trained, tmp_path, name):
-    for file in ('pretrain.yaml', 'train.yaml', 'continue.yaml'):
-        (tmp_path / file).write_text('epochs: 3\n')
-    (tmp_path / name).write_text('epochs: 2\n')
-    write_package(tmp_path / 'out', trained, 'owner/vit', recipe=tmp_path / name)
+def test_the_recipe_of_a_run_before_as_the_recipe(trained, tmp_path):
+    (tmp_path / 'pretrain.yaml').write_text('epochs: 2\n')
+    write_package(tmp_path / 'out', trained, 'owner/vit', recipe=tmp_path / 'pretrain.yaml')
     assert (tmp_path / 'out' / 'train.yaml').read_text() == 'epochs: 2\n'
-    assert not {'pretrain.yaml', 'continue.yaml'} & {file.name for file in (tmp_path / 'out').iterdir()}
+    assert not (tmp_path / 'out' / 'pretrain.yaml').exists()
 
 
 def test_classes_and_recipe_of_the_digits(tmp_path):

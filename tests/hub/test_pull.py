@@ -63,7 +63,7 @@ def test_private_with_and_without_token(published, tmp_path, monkeypatch):
 def test_only_the_files_of_a_model_are_taken(published, tmp_path):
     published.put('owner/vit', {'setup.py': b'import os', 'pytorch_model.bin': b'pickle', 'a/config.json': b'{}'})
     pull('owner/vit', tmp_path / 'vit')
-    assert sorted(contents(tmp_path / 'vit')) == sorted(set(FILES) - {'pretrain.yaml', 'continue.yaml'})
+    assert sorted(contents(tmp_path / 'vit')) == sorted(set(FILES) - {'pretrain.yaml'})
 
 
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])

@@ -53,7 +53,7 @@ class TestArrives:
         written = {path.name: path.read_bytes() for path in (tmp_path / 'sent').iterdir()}
         files = hub.repos[REPO].files()
         assert sorted(files) == sorted(written)
-        assert sorted(written) == sorted(set(package_module.FILES) - {'pretrain.yaml', 'continue.yaml'})
+        assert sorted(written) == sorted(set(package_module.FILES) - {'pretrain.yaml'})
         assert any(path.startswith('/_lfs/') for _, path in sent(hub)) == (upload_path == 'lfs')
         assert bool(files['model.safetensors'].xet) == (upload_path == 'xet')
         main(['hub', 'pull', REPO, str(tmp_path / 'pulled')])

@@ -70,7 +70,7 @@ such as vit_small_sape2.flowers says that `flowers` is the training data.""",
         '--recipe',
         metavar='FILE',
         type=Path,
-        help='its train.yaml, and pretrain.yaml and continue.yaml if they are beside it (default: of the checkpoint)',
+        help='its train.yaml, and pretrain.yaml if there is one beside it (default: of the checkpoint)',
     )
     parser.add_argument('--class-names', metavar='FILE', type=Path, help='names of the classes, one a line')
     parser.add_argument('--license', metavar='NAME', help="license of the weights (default: the model's, apache-2.0)")

@@ -18,7 +18,6 @@ from .._table import markdown_table
 from ..models.flops import count_parameters
 from ..trained.config import PLUGIN, is_ours, load_config, model_arguments
 from ..training.recipe import read_recipe
-from .files import RECIPES
 from .probe import PROBE
 
 TAGS = ['image-classification', 'timm', 'timm_sape2', 'vision-transformer', 'position-encoding']
@@ -31,6 +30,7 @@ MEASURED: dict[str, Any] = {
     **dict.fromkeys(('versions', 'probe'), dict),
     'num_images': int,
 }
+RECIPES = ('pretrain.yaml', 'train.yaml')  # in the order in which they are run
 # By the tag of a model: what its data set is called, and where the Hub has it.
 DATASETS = {
     'cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
@@ -228,17 +228,13 @@ def _training(folder: Path, is_shipped: bool, metrics: dict[str, Any]) -> str:
     else:
         paths = {name: f'{folder.resolve().name}/{name}' if is_shipped else name for name in recipes}
         commands = ', then '.join(_command(paths[name], recipe) for name, recipe in recipes.items())
-        parts = [f'{commands} of `{PLUGIN}` trains it, with {_enumerated(list(recipes))}:']
+        parts = [f'{commands} of `{PLUGIN}` trains it, with {" and ".join(recipes)}:']
     for name in recipes:
         text = (folder / name).read_text(encoding='utf-8').strip().replace('```', '')
         parts.append(f'```yaml\n{text}\n```')
     if metrics.get('training'):
         parts.append(_history(metrics['training']))
     return '\n\n'.join(parts)
-
-
-def _enumerated(names: list[str]) -> str:
-    return ' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))
 
 
 def _command(path: str, recipe: dict[str, Any]) -> str:

@@ -11,8 +11,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from ..version import __version__
 from .probe import PROBE
 
-RECIPES = ('pretrain.yaml', 'train.yaml', 'continue.yaml')  # in the order in which they are run
-FILES = ('config.json', 'model.safetensors', 'README.md', *RECIPES, 'metrics.json', PROBE)
+FILES = ('config.json', 'model.safetensors', 'README.md', 'train.yaml', 'pretrain.yaml', 'metrics.json', PROBE)
 NEEDED = FILES[:2]
 
 

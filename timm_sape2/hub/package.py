@@ -20,7 +20,7 @@ from ..training.arguments import build_parser
 from ..training.recipe import recipe_arguments
 from ..training.run_folder import training_history
 from .card import METRICS, read_metrics, write_card
-from .files import FILES, RECIPES
+from .files import FILES
 from .probe import PROBE, highest_logits, make_probe, probe_logits
 
 # Where and on which machine a run was, and from which files it started, is no part of its recipe.
@@ -50,7 +50,7 @@ def write_package(
         license: Its license as the Hub writes it, by default that of its configuration.
         metrics: What `timm-sape2 validate --json` wrote for it, by default what its checkpoint or folder says.
         recipe: Its recipe, by default what its checkpoint or folder says. A pretrain.yaml beside it is the recipe of
-            the run before, whose weights it starts from, a continue.yaml that of the run after it.
+            the run before, whose weights it starts from.
         class_names: Names of its classes, by default what its checkpoint or configuration says.
 
     Raises:
@@ -165,9 +165,9 @@ def _find_recipes(trained: TrainedModel, path: Path | None) -> dict[str, str]:
         path = trained.folder / 'train.yaml'
     parser = build_parser()
     if path is not None:
-        names = () if path.name in ('pretrain.yaml', 'continue.yaml') else RECIPES
-        beside = {name: path.with_name(name) for name in names if path.with_name(name).exists()}
-        files = beside | {'train.yaml': path}
+        before = path.with_name('pretrain.yaml')
+        two_runs = before.exists() and not before.samefile(path)
+        files = {'train.yaml': path} | ({'pretrain.yaml': before} if two_runs else {})
         for file in files.values():
             recipe_arguments(file, parser)
         return {name: file.read_text(encoding='utf-8') for name, file in files.items()}

@@ -15,7 +15,7 @@ def find_recipe(name: str | Path) -> Path:
 
     Args:
         name: A path; or a model and its tag, such as 'vit_compact_sape2_patch4_32.cifar10', for train.yaml of its
-            folder in hub_configs, and with '/pretrain.yaml' or '/continue.yaml' after it for another recipe there.
+            folder in hub_configs, and with '/pretrain.yaml' after it for the other recipe there.
     """
     candidates = (Path(name), shipped() / name / 'train.yaml', shipped() / name)
     return next((path for path in candidates if path.is_file()), Path(name))

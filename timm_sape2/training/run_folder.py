@@ -162,8 +162,7 @@ def training_history(folder: Path | None) -> list[dict[str, Any]]:
     """Return the summaries of a run and of those whose weights it started from, the first of them first.
 
     Args:
-        folder: The folder of the run. Where there is none, or no record in it, the history begins after it, or with
-            what metrics.json there says, as the folder of a model of the Hub has it.
+        folder: The folder of the run. Where there is none, or no record in it, the history begins after it.
     """
     history: list[dict[str, Any]] = []
     seen: set[Path] = set()
@@ -172,21 +171,12 @@ def training_history(folder: Path | None) -> list[dict[str, Any]]:
         try:
             record, weights = read_record(folder), _weights_before(folder / 'args.yaml')
         except (ValueError, OSError):
-            return _published_history(folder / 'metrics.json') + history
+            break
         if not record['epochs']:
             break
         history.insert(0, summarize_record(record))
         folder = Path(weights).parent if weights else None
     return history
-
-
-def _published_history(path: Path) -> list[dict[str, Any]]:
-    try:
-        metrics = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, OSError):
-        return []
-    runs = metrics.get('training', []) if isinstance(metrics, dict) else []
-    return runs if isinstance(runs, list) else []
 
 
 def _weights_before(path: Path) -> str | None:
