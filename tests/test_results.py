@@ -66,6 +66,26 @@ def test_accuracy_by_size():
         assert f'| `{scale}` | {" | ".join(f"{value:.2f}" for value in top1.values())} |' in PAGE
 
 
+def test_twelve_epochs_more():
+    folder = RESULTS / 'continued'
+    took = summarize_record(read_record(folder))
+    assert f'{took["hours"]} hours of one thread, commit\n`{took["commit"]}`' in PAGE and took['epochs'] == 12
+    assert read_record(folder)['starts'][0]['command'] in PAGE
+    accuracy = {size: json.loads((folder / f'validation_{size}.json').read_text()) for size in (32, 48)}
+    assert all(one['num_images'] == 10_000 for one in accuracy.values())
+    more, less = (accuracy[size]['top1'] - measured('timm-sape2', size)['top1'] for size in (32, 48))
+    text = (
+        f'{accuracy[32]["top1"]:.2f} % at 32x32, which is {more:.2f} points more, but '
+        f'{accuracy[48]["top1"]:.2f} % at 48x48, which is {-less:.2f} less'
+    )
+    assert text in ' '.join(PAGE.split())
+    rows = table_of(folder / 'resolution' / 'results.csv')
+    for scale in ('none', 'grid'):
+        top1 = {row['size']: f'{float(row["top1"]):.2f}' for row in rows if row['distance_scale'] == scale}
+        cells = [top1[size] for size in ('24x24', '28x28', '32x32', '40x40', '48x48', '64x64', '32x48')]
+        assert f'| `{scale}`, 12 epochs more | {" | ".join(cells)} |' in PAGE
+
+
 def test_equivariance():
     rows = table_of(RESULTS / 'equivariance' / 'results.csv')
     for weights in ('trained', 'initial'):
