@@ -28,6 +28,24 @@ def test_newest_patch_of_each_minor_version(available, expected):
     assert ci.newest_patches(available, '2.11.0') == expected
 
 
+def test_every_python_has_its_turn():
+    pythons = {(3, 10): 'old', (3, 13): 'new', (3, 12): 'middle'}
+    assert ci.take_turns(['2.12', '2.13', '2.14', '2.15'], pythons) == [
+        ('2.15', 'new'),
+        ('2.14', 'middle'),
+        ('2.13', 'old'),
+        ('2.12', 'new'),
+    ]
+
+
+def test_a_contract_does_not_start_late(tmp_path):
+    run = ci.Run(tmp_path)
+    run.begin -= ci.LAST_START + 1
+    ci.test_contract(run, 'torch 2.13', 'no-such-python')
+    assert 'contract: torch 2.13' in run.table() and 'not run, 65 minutes are over' in run.table()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_floor_is_what_the_package_asks_for():
     lines = (ci.ROOT / 'pyproject.toml').read_text().splitlines()
     pinned = ci.pinned((ci.ROOT / '.ci' / 'floor.txt').read_text())

@@ -6,6 +6,8 @@ from timm_sape2.__main__ import main
 from timm_sape2.models.encoding_table import encodings, measure_cost
 from timm_sape2.positions import ENCODINGS
 
+pytestmark = pytest.mark.once
+
 
 class TestCost:
     """12 blocks of 6 heads of 64 channels, 196 patches and a class token."""

@@ -133,7 +133,7 @@ class TestAgainstTheDefinition:
         check(random_inputs(grid, prefix, device=device), grid, prefix, forward=1e-5, backward=1e-4)
 
     def test_float32_on_many_tiles(self, device):
-        check(random_inputs((14, 14), device=device), (14, 14), 1, forward=1e-5, backward=1e-4)
+        check(random_inputs((10, 13), device=device), (10, 13), 1, forward=1e-5, backward=1e-4)
 
     @pytest.mark.parametrize('prefix', [0, 1, 5])
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -155,7 +155,7 @@ class TestAgainstTheDefinition:
         inputs = random_inputs(grid, dim=dim, dtype=torch.bfloat16, device=device)
         check(inputs, grid, 1, forward=2e-2, backward=2e-2)
 
-    @pytest.mark.parametrize(('grid', 'dtype'), [((1, 63), torch.bfloat16), ((40, 2), torch.float32)], ids=str)
+    @pytest.mark.parametrize(('grid', 'dtype'), [((1, 63), torch.bfloat16), ((33, 2), torch.float32)], ids=str)
     def test_long_lines(self, device, grid, dtype):
         forward, backward = (1e-5, 1e-4) if dtype == torch.float32 else (2e-2, 2e-2)
         check(random_inputs(grid, dtype=dtype, device=device), grid, 1, forward, backward)
@@ -244,9 +244,9 @@ class TestNotFinite:
         assert torch.equal(output.isfinite(), expected.isfinite())
 
 
-def whole(dtype, device, grid=(7, 9), prefix=2, dim=16, count=10, size=0.1):
+def whole(dtype, device, grid=(7, 9), prefix=2, dim=16, count=10, size=0.1, heads=2):
     """Queries, keys, values, keys of gates, queries and keys of logits, and tables."""
-    tensors = [torch.randn(1, 2, prefix + grid[0] * grid[1], dim).to(dtype) for _ in range(6)]
+    tensors = [torch.randn(1, heads, prefix + grid[0] * grid[1], dim).to(dtype) for _ in range(6)]
     tables = [size * torch.randn(count, dim) for _ in 'xy']
     return [x.to(device).requires_grad_() for x in (*tensors, *tables)]
 
@@ -305,11 +305,11 @@ class TestFromQueriesToOutputs:
     @pytest.mark.parametrize('grid', [(2, 16), (4, 16), (5, 33), (64, 4)], ids=str)
     def test_lengths_of_lines(self, device, grid):
         """Half precision has a norm behind the signature in memory, and room for it or not."""
-        self.check(whole(torch.bfloat16, device, grid, 1, size=0.03), grid, 1, forward=2e-2, backward=2e-2)
+        self.check(whole(torch.bfloat16, device, grid, 1, size=0.03, heads=1), grid, 1, forward=2e-2, backward=2e-2)
 
     def test_wide_heads_on_long_lines(self, device):
         """Backward in four launches of attention."""
-        inputs = whole(torch.bfloat16, device, (2, 33), 1, dim=72, size=0.03)
+        inputs = whole(torch.bfloat16, device, (2, 33), 1, dim=72, size=0.03, heads=1)
         self.check(inputs, (2, 33), 1, forward=2e-2, backward=2e-2)
 
     @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ class TestFromQueriesToOutputs:
     )
     def test_more_lines_and_rows_than_a_program_takes_at_once(self, device, target, gates):
         """A program computes the signatures of 8 lines, of 16 patches of a line at once."""
-        self.check(whole(torch.float32, device, (18, 3), 1), (18, 3), 1, target=target, gates=gates)
+        self.check(whole(torch.float32, device, (18, 3), 1, heads=1), (18, 3), 1, target=target, gates=gates)
 
     def test_a_patch_without_a_number(self, device):
         """NaN in one patch's query spreads to all patches, and not to prefix tokens."""
@@ -348,11 +348,11 @@ def hopper(request, monkeypatch):
 
 
 @pytest.mark.usefixtures('poisoned_memory', 'hopper')
-@pytest.mark.parametrize('grid', [(4, 5), (4, 36)], ids=str)
+@pytest.mark.parametrize('grid', [(4, 5), (3, 36)], ids=str)
 def test_roles_of_the_backward_kernel(device, grid):
     """Everything at once, queries and keys after each other, or long lines, which take three launches."""
     TestFromQueriesToOutputs.check(
-        whole(torch.bfloat16, device, grid, 1, size=0.03), grid, 1, forward=2e-2, backward=2e-2
+        whole(torch.bfloat16, device, grid, 1, size=0.03, heads=1), grid, 1, forward=2e-2, backward=2e-2
     )
 
 
