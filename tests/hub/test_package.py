@@ -139,6 +139,7 @@ def test_classes_and_recipe_of_the_digits(tmp_path):
     args = {'dataset': 'digits', 'num_classes': 10, 'model': 'vit_compact_sape2_patch4_32', 'val_split': 'validation'}
     write_package(tmp_path, TrainedModel(model, training={'args': args, 'epoch': 1, 'metric': 9.5}), 'owner/vit.digits')
     assert open_model(str(tmp_path)).class_names == list('0123456789')
+    assert 'label_names' not in json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']
     assert 'It was trained on the handwritten digits of scikit-learn.' in (tmp_path / 'README.md').read_text()
 
 

@@ -144,13 +144,15 @@ def test_flops_of_a_model_that_takes_no_single_image_in_training():
 
 def test_a_less_usual_run_is_described():
     flags = '--train-img-sizes 16 32 --train-batch-sizes 8 2 --kd-model-name runs/large --model-dtype bfloat16'
-    args = parse_arguments(['--dataset', 'digits', '--model', 'test_vit_sape2', '--torchcompile', *flags.split()])
+    args = parse_arguments(
+        ['--dataset', 'digits', '--model', 'test_vit_sape2', '--torchcompile', '--epochs', '1', *flags.split()]
+    )
     args.input_size, args.device, args.world_size = (3, 32, 32), 'cpu', 1
     model = timm.create_model('test_vit_sape2', dynamic_img_size=True).bfloat16()
     lines = describe(args, model, (40, 8), 7, Path('here'))
     assert 'GFLOPs' in lines[0]
     assert ', 16x16, 32x32 (validated at 32x32), ' in lines[1]
-    assert lines[2] == 'Training: 100 epochs of 7 batches of 8, 2, adamw, rate 0.0005, teacher runs/large'
+    assert lines[2] == 'Training: 1 epoch of 7 batches of 8, 2, adamw, rate 0.0005, teacher runs/large'
     assert lines[3].endswith(', bfloat16, compiled by inductor')
 
 

@@ -114,6 +114,7 @@ def write_config(
     config = {'pretrained_cfg': about, 'label_names': list(class_names or []) or None, 'plugin': PLUGIN}
     save_config_for_hf(model, str(path), model_config=config)
     written = read_config(path)
+    written['pretrained_cfg'].pop('label_names', None)  # of weights that were opened with theirs; they stand above it
     written['model_args'].pop('num_classes', None)  # transformers gives the model the one beside model_args
     path.write_text(json.dumps(written, indent=2) + '\n', encoding='utf-8')
 

@@ -157,7 +157,7 @@ def describe_run(
     return f"""\
 Model: {model}{f' with {position}' if position else ''}, {parameters}{cost}
 Data: {training} images to train on and {validation} to validate, {sizes}, {num_classes} classes
-Training: {epochs} epochs of {num_batches} batches of {batch}, {opt}, rate {lr:g}{teacher}
+Training: {epochs} epoch{'s' * (epochs != 1)} of {num_batches} batches of {batch}, {opt}, rate {lr:g}{teacher}
 Device: {device} ({chip}), {precision}{processes}{compiled}
 Folder: {folder}"""
 

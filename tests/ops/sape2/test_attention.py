@@ -20,6 +20,12 @@ def attend(*inputs, **kwargs):
 
 
 @pytest.fixture
+def device(implementation, triton_device):
+    """Device on which an implementation runs."""
+    return 'cpu' if implementation == 'cpu' else triton_device
+
+
+@pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setattr('timm_sape2.ops.sape2.cpu_library.why_not_compiled', lambda double: 'no C compiler')
 
@@ -106,22 +112,18 @@ class TestChoose:
 
 class TestImplementations:
     @pytest.mark.parametrize('implementation', ['auto', *IMPLEMENTATIONS])
-    def test_each_is_attention_with_the_bias(self, triton_device, implementation):
-        query, key, value, _, *tables = inputs = [x.to(triton_device) for x in random_inputs()]
+    def test_each_is_attention_with_the_bias(self, device, implementation):
+        query, key, value, _, *tables = inputs = [x.to(device) for x in random_inputs()]
         patches = [x[:, :, 1:] for x in (query, key)]
         bias = torch.nn.functional.pad(sape2_bias(*patches, patches[1], *tables, GRID, 0.25), [1, 0, 1, 0])
         expected = (0.25 * query @ key.mT + bias).softmax(-1) @ value
-        if query.is_cuda and implementation == 'cpu':
-            pytest.skip('for tensors on a CPU')
         torch.testing.assert_close(attend(*inputs, implementation=implementation), expected, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize('implementation', ['auto', *IMPLEMENTATIONS])
     @pytest.mark.parametrize('target', ['k', 'q'])
-    def test_rotation_moves_logits_and_no_signatures(self, triton_device, implementation, target):
-        inputs = [x.to(triton_device) for x in random_inputs()]
-        if inputs[0].is_cuda and implementation == 'cpu':
-            pytest.skip('for tensors on a CPU')
-        sines = torch.randn(13, 32, device=triton_device)
+    def test_rotation_moves_logits_and_no_signatures(self, device, implementation, target):
+        inputs = [x.to(device) for x in random_inputs()]
+        sines = torch.randn(13, 32, device=device)
         query, key = (apply_rot_embed_cat(x, sines) for x in inputs[:2])
         patches = [x[:, :, 1:] for x in inputs[:2]]
         bias = sape2_bias(*patches, patches[1], *inputs[4:], GRID, 0.25, target)
@@ -130,23 +132,19 @@ class TestImplementations:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-    def test_scale_of_all_dot_products(self, triton_device, implementation):
+    def test_scale_of_all_dot_products(self, device, implementation):
         """A quarter of the usual scale is a quarter of the queries, and tables that make up for it in signatures."""
-        query, key, value, _, *tables = (x.to(triton_device) for x in random_inputs())
-        if query.is_cuda and implementation == 'cpu':
-            pytest.skip('for tensors on a CPU')
+        query, key, value, _, *tables = (x.to(device) for x in random_inputs())
         found = attend(query, key, value, key, *tables, scale=16**-0.5 / 4, implementation=implementation)
         tables = [4 * x for x in tables]
         expected = attend(query / 4, key, value, key, *tables, implementation=implementation)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-    def test_distances_scaled_to_the_grid(self, triton_device, implementation):
+    def test_distances_scaled_to_the_grid(self, device, implementation):
         """Trained on 12 rows and 1 column: half of the column distances' tables here, and twice of the rows'."""
-        *inputs, row_table, column_table = (x.to(triton_device) for x in random_inputs())
-        if row_table.is_cuda and implementation == 'cpu':
-            pytest.skip('for tensors on a CPU')
-        native = torch.tensor([12, 1], device=triton_device)
+        *inputs, row_table, column_table = (x.to(device) for x in random_inputs())
+        native = torch.tensor([12, 1], device=device)
         found = attend(*inputs, row_table, column_table, reference_grid=native, implementation=implementation)
         expected = attend(*inputs, row_table / 2, column_table * 2, implementation=implementation)
         torch.testing.assert_close(found, expected)
