@@ -7,9 +7,11 @@ import pytest
 import torch
 import yaml
 
+from timm_sape2.hub.package import write_package
 from timm_sape2.studies.transfer.runs import open_runs
 from timm_sape2.trained.accuracy import evaluate
 from timm_sape2.trained.checkpoint import read_checkpoint
+from timm_sape2.trained.opening import open_model
 
 
 @pytest.fixture
@@ -29,6 +31,18 @@ def test_a_checkpoint_of_a_run(compared):
     checkpoint = compared / 'runs' / 'nope_off_seed0' / 'model_best.pth.tar'
     (run,) = open_runs([str(checkpoint)], [])
     assert (run.checkpoint, run.factors['encoding']) == (checkpoint, 'nope')
+
+
+def test_a_package_of_a_run(compared, tmp_path):
+    folder = compared / 'runs' / 'nope_off_seed0'
+    write_package(tmp_path, open_model(str(folder)), 'owner/vit')
+    of_run, of_package = open_runs([str(folder), str(tmp_path)], [])
+    assert (of_package.factors, of_package.img_size) == (of_run.factors, of_run.img_size)
+    weights = of_run.model_at((32, 48)).state_dict()
+    assert all(torch.equal(weights[name], x) for name, x in of_package.model_at((32, 48)).state_dict().items())
+    (tmp_path / 'train.yaml').unlink()
+    with pytest.raises(ValueError, match=f'there is no {re.escape(str(tmp_path))}.train.yaml'):
+        open_runs([str(tmp_path)], [])
 
 
 def test_encoding_that_is_the_default_of_the_model(compared, tmp_path):

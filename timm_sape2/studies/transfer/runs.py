@@ -30,7 +30,7 @@ class TrainedRun:
 
     Args:
         args: What it was trained with, and flags of now on top.
-        checkpoint: The weights.
+        checkpoint: The weights, or the folder with them that a run was packed into.
         img_size: Height and width in training.
         encoding: The position encoding.
     """
@@ -91,7 +91,11 @@ class TrainedRun:
 def add_runs_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--runs`, the paths that `open_runs` takes."""
     parser.add_argument(
-        '--runs', nargs='+', required=True, metavar='DIR', help='runs of train.py, or studies that trained some'
+        '--runs',
+        nargs='+',
+        required=True,
+        metavar='DIR',
+        help='runs of train.py, folders that `hub push` packs of them, or studies that trained some',
     )
 
 
@@ -104,7 +108,7 @@ def open_runs(paths: Sequence[str], flags: Sequence[str]) -> list[TrainedRun]:
     """Open runs of train.py.
 
     Args:
-        paths: Folders of runs, checkpoints in them, or studies that trained some.
+        paths: Folders of runs, checkpoints in them, folders that runs were packed into, or studies that trained some.
         flags: Flags of train.py that replace what the runs were trained with, such as `--data-dir`.
 
     Raises:
@@ -122,22 +126,24 @@ def open_runs(paths: Sequence[str], flags: Sequence[str]) -> list[TrainedRun]:
 
 
 def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
-    checkpoint = path / LAST if path.is_dir() else path
-    recipe = checkpoint.with_name('args.yaml')
-    missing = [str(file) for file in (checkpoint, recipe) if not file.is_file()]
+    is_package = (path / 'config.json').is_file()
+    checkpoint = path / LAST if path.is_dir() and not is_package else path
+    recipe = path / 'train.yaml' if is_package else checkpoint.with_name('args.yaml')
+    missing = [str(file) for file in (checkpoint, recipe) if not file.exists()]
     if missing:
         raise ValueError(f'{path} is no run of train.py: there is no {" and no ".join(missing)}')
-    trained = Checkpoint.read(checkpoint, mmap=True)
-    if not trained.args:
+    if not (is_package or Checkpoint.read(checkpoint, mmap=True).args):
         raise ValueError(f'{checkpoint} does not say what it was trained with; a checkpoint of train.py does')
+    trained = open_model(str(checkpoint))
+    name = trained.model.pretrained_cfg['architecture']
     args = parse_arguments(['-c', str(recipe), *flags])
-    if args.model != trained.model_name:
-        raise ValueError(f'{checkpoint} was trained with model {trained.model_name!r}, not {args.model!r}')
+    if args.model.partition('.')[0] != name:
+        raise ValueError(f'{checkpoint} was trained with model {name!r}, not {args.model!r}')
     model = check_model(args, {})
     try:
-        check_encodings(trained.encodings(), encodings_of(model))
+        check_encodings(encodings_of(trained.model), encodings_of(model))
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from error
-    args.num_classes, img_size = trained.args['num_classes'], tuple(trained.args['input_size'][1:])
+    args.num_classes, img_size = trained.model.num_classes, tuple(trained.data_config['input_size'][1:])
     encoding = encoding_with_options(model.position_name, args.model_kwargs.get('position_args') or {})
     return TrainedRun(args, checkpoint, img_size, encoding)
