@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from timm_sape2.__main__ import build_parser
+from timm_sape2.studies.report import grouped, improvement, plus_minus
 from timm_sape2.trained.accuracy import binomial_interval
 from timm_sape2.training.arguments import build_parser as build_training_parser
 from timm_sape2.training.run_folder import read_record, summarize_record
@@ -126,15 +127,21 @@ def test_fair_table():
         assert made['command'] in PAGE and made['commit'][:7] in PAGE
 
 
-def test_screening():
-    page = (ROOT / 'docs' / 'studies.md').read_text()
+def screened():
+    """Runs of the screening by encoding, as the report reads them."""
     last = [row for row in table_of(RESULTS / 'screening' / 'results.csv') if row['epoch'] == '3']
-    learned = {row['seed']: float(row['top1']) for row in last if row['encoding'] == 'learned'}
-    assert len(last) > 1
-    for row in last:
-        top1 = float(row['top1'])
-        line = f'| `{row["encoding"]}` | {row["seed"]} | {top1:.2f} | {top1 - learned[row["seed"]]:+.2f} |'
-        assert line in page
+    assert len({(row['encoding'], row['seed']) for row in last}) == len(last) > 1
+    rows = [{**row, 'seed': int(row['seed']), 'top1': float(row['top1'])} for row in last]
+    rows.sort(key=lambda row: row['seed'])
+    return {encoding: of_encoding for (encoding,), of_encoding in grouped(rows, 'encoding').items()}
+
+
+def test_screening():
+    page, runs = (ROOT / 'docs' / 'studies.md').read_text(), screened()
+    for encoding, of_encoding in runs.items():
+        top1 = plus_minus([row['top1'] for row in of_encoding])
+        seeds = ', '.join(str(row['seed']) for row in of_encoding)
+        assert f'| `{encoding}` | {top1} | {improvement(of_encoding, runs["learned"])} | {seeds} |' in page
     record = json.loads((RESULTS / 'screening' / 'run.json').read_text())
     for made in record['made_by']:
         assert made['command'] in page and made['commit'][:7] in page
@@ -152,13 +159,35 @@ def test_the_readme_has_the_fair_table():
 
 
 def test_the_readme_has_the_screening():
-    rows = table_of(RESULTS / 'screening' / 'results.csv')
-    top1 = {row['encoding']: float(row['top1']) for row in rows if (row['epoch'], row['seed']) == ('3', '0')}
-    names = ('axial_cope', 'sape2', 'rope', 'axial_cope(gating=none)')
-    direct, distances, rotary, ungated = (top1[name] for name in names)
+    runs = screened()
+
+    def ahead(encoding, other):
+        return improvement(runs[encoding], runs[other])
+
     text = (
-        f'(`axial_cope`) is {direct - distances:.1f} points above taking their distances (`sape2`) after 625 updates, '
-        f'and {rotary - direct:.1f} below rotary, to which it adds nothing; without gates it is '
-        f'{ungated - direct:.1f} points better'
+        f'(`axial_cope`) is {ahead("axial_cope", "sape2")} points above taking their distances (`sape2`), '
+        f'{ahead("axial_cope(gating=none)", "axial_cope")} better still without gates, and then '
+        f'{ahead("rope", "axial_cope(gating=none)")} below rotary. Beside rotary, `sape2` changes the accuracy by '
+        f'{ahead("rope+sape2", "rope")} points'
     )
     assert text in ' '.join(README.split())
+
+
+@pytest.mark.parametrize(
+    ('encoding', 'other', 'text'),
+    [
+        ('axial_cope', 'sape2', '{} points above `sape2`'),
+        ('sape2', 'learned', 'level with learned embeddings ({})'),
+        ('sape2', 'nope', 'with no encoding at all ({})'),
+        ('axial_cope(gating=none)', 'axial_cope', '`axial_cope` is {} points better than with semantic gates'),
+        ('rope', 'axial_cope', 'Rotary is {} points above `axial_cope`'),
+        ('rope', 'axial_cope(gating=none)', 'and {} above it without gates'),
+        ('rope+sape2', 'rope', '`sape2` changes the accuracy by {} points'),
+        ('rope+axial_cope', 'rope', 'and `axial_cope` by {}.'),
+        ('rope_mixed', 'rope', '`rope_mixed` ({})'),
+        ('liere', 'rope', '`liere` ({})'),
+    ],
+)
+def test_differences_in_the_screening(encoding, other, text):
+    runs, page = screened(), ' '.join((ROOT / 'docs' / 'studies.md').read_text().split())
+    assert text.format(improvement(runs[encoding], runs[other])) in page
