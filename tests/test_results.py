@@ -191,3 +191,22 @@ def test_the_readme_has_the_screening():
 def test_differences_in_the_screening(encoding, other, text):
     runs, page = screened(), ' '.join((ROOT / 'docs' / 'studies.md').read_text().split())
     assert text.format(improvement(runs[encoding], runs[other])) in page
+
+
+@pytest.mark.parametrize(
+    ('variant', 'before'),
+    [
+        ('axial_cope(counts=outwards)', 'axial_cope'),
+        ('axial_cope(counts=outwards,gating=none)', 'axial_cope(gating=none)'),
+        ('rope+axial_cope(gating=none)', 'rope'),
+        ('sape2(initial_std=0.2)', 'sape2'),
+        ('sape2(gating=none)', 'sape2'),
+    ],
+)
+def test_variants_in_the_screening(variant, before):
+    runs = screened()
+    was, became = (f'{runs[encoding][0]["top1"]:.2f}' for encoding in (before, variant))
+    (line,) = [
+        x for x in (ROOT / 'docs' / 'studies.md').read_text().splitlines() if x.endswith(f'| {was} | {became} |')
+    ]
+    assert line.startswith(f'| `{variant}` |')
