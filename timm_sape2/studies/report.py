@@ -34,7 +34,7 @@ COLORS = {
 }
 """Of the encodings, in every plot. Others, and other joined ones, get that of their last part."""
 
-TOP1_OF_SEEDS = 'validation top-1 in % (a dot: a seed; stroke and bar: mean ± standard deviation)'
+TOP1_OF_SEEDS = 'validation top-1 in %\n(a dot: a seed; stroke and bar: mean ± standard deviation)'
 
 DASHES = ('-', '--', ':', '-.')
 MARKERS = ('o', 's', '^', 'D')
