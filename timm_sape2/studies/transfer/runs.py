@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from ...data import datasets
 from ...trained.checkpoint import Checkpoint
+from ...trained.config import load_config
 from ...trained.encodings import check_encodings, encodings_of
-from ...trained.opening import LAST, open_model
+from ...trained.opening import FILES_OF_WEIGHTS, LAST, open_model
 from ...training import hardware, loaders
 from ...training.arguments import flags_of, parse_arguments
 from ...training.model import build_model
@@ -129,21 +130,28 @@ def _open(path: Path, flags: Sequence[str]) -> TrainedRun:
     is_package = (path / 'config.json').is_file()
     checkpoint = path / LAST if path.is_dir() and not is_package else path
     recipe = path / 'train.yaml' if is_package else checkpoint.with_name('args.yaml')
-    missing = [str(file) for file in (checkpoint, recipe) if not file.exists()]
+    needed = (path / FILES_OF_WEIGHTS[0] if is_package else checkpoint, recipe)
+    missing = [str(file) for file in needed if not file.is_file()]
     if missing:
         raise ValueError(f'{path} is no run of train.py: there is no {" and no ".join(missing)}')
-    if not (is_package or Checkpoint.read(checkpoint, mmap=True).args):
-        raise ValueError(f'{checkpoint} does not say what it was trained with; a checkpoint of train.py does')
-    trained = open_model(str(checkpoint))
-    name = trained.model.pretrained_cfg['architecture']
+    if is_package:
+        config = load_config(path / 'config.json', str(path))
+        trained = Checkpoint.of_config(path, {}, config)
+        said: Mapping[str, Any] = {**trained.pretrained_cfg, 'num_classes': config['num_classes']}
+    else:
+        trained = Checkpoint.read(checkpoint, mmap=True)
+        if not trained.args:
+            raise ValueError(f'{checkpoint} does not say what it was trained with; a checkpoint of train.py does')
+        said = trained.args
     args = parse_arguments(['-c', str(recipe), *flags])
-    if args.model.partition('.')[0] != name:
-        raise ValueError(f'{checkpoint} was trained with model {name!r}, not {args.model!r}')
+    name = args.model.partition('.')[0] if is_package else args.model  # config.json has the tag elsewhere
+    if name != trained.model_name:
+        raise ValueError(f'{checkpoint} was trained with model {trained.model_name!r}, not {args.model!r}')
     model = check_model(args, {})
     try:
-        check_encodings(encodings_of(trained.model), encodings_of(model))
+        check_encodings(trained.encodings(), encodings_of(model))
     except ValueError as error:
         raise ValueError(f'{checkpoint}: {error}') from error
-    args.num_classes, img_size = trained.model.num_classes, tuple(trained.data_config['input_size'][1:])
+    args.num_classes, img_size = said['num_classes'], tuple(said['input_size'][1:])
     encoding = encoding_with_options(model.position_name, args.model_kwargs.get('position_args') or {})
     return TrainedRun(args, checkpoint, img_size, encoding)
