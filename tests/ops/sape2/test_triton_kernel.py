@@ -142,7 +142,7 @@ class TestAgainstTheDefinition:
         check(random_inputs(grid, prefix, dtype=dtype, device=device), grid, prefix, forward=2e-2, backward=2e-2)
 
     def test_half_precision_on_many_tiles(self, device):
-        check(random_inputs((14, 14), 5, dtype=torch.float16, device=device), (14, 14), 5, forward=2e-2, backward=2e-2)
+        check(random_inputs((10, 13), 5, dtype=torch.float16, device=device), (10, 13), 5, forward=2e-2, backward=2e-2)
 
     @pytest.mark.parametrize('dim', [16, 24, 32, 48, 64])
     def test_head_dimensions(self, device, dim):
@@ -295,14 +295,14 @@ class TestFromQueriesToOutputs:
     @pytest.mark.parametrize('count', [2, 3, 40])
     def test_tables(self, device, count):
         """With as few entries as there can be, and with more than positions."""
-        self.check(whole(torch.float32, device, count=count))
+        self.check(whole(torch.float32, device, count=count, heads=1))
 
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize('options', [{}, {'target': 'q', 'gates': 'other'}, {'rotated': True}], ids=str)
     def test_half_precision(self, device, dtype, options):
-        self.check(whole(dtype, device), forward=2e-2, backward=2e-2, **options)
+        self.check(whole(dtype, device, heads=1), forward=2e-2, backward=2e-2, **options)
 
-    @pytest.mark.parametrize('grid', [(2, 16), (4, 16), (5, 33), (64, 4)], ids=str)
+    @pytest.mark.parametrize('grid', [(2, 16), (4, 16), (3, 33), (64, 2)], ids=str)
     def test_lengths_of_lines(self, device, grid):
         """Half precision has a norm behind the signature in memory, and room for it or not."""
         self.check(whole(torch.bfloat16, device, grid, 1, size=0.03, heads=1), grid, 1, forward=2e-2, backward=2e-2)
@@ -312,9 +312,7 @@ class TestFromQueriesToOutputs:
         inputs = whole(torch.bfloat16, device, (2, 33), 1, dim=72, size=0.03, heads=1)
         self.check(inputs, (2, 33), 1, forward=2e-2, backward=2e-2)
 
-    @pytest.mark.parametrize(
-        ('target', 'gates'), [('k', 'key'), ('k', 'other'), ('q', 'key'), ('q', 'none')], ids=' of '.join
-    )
+    @pytest.mark.parametrize(('target', 'gates'), [('k', 'key'), ('k', 'other'), ('q', 'key'), ('q', 'none')])
     def test_more_lines_and_rows_than_a_program_takes_at_once(self, device, target, gates):
         """A program computes the signatures of 8 lines, of 16 patches of a line at once."""
         self.check(whole(torch.float32, device, (18, 3), 1, heads=1), (18, 3), 1, target=target, gates=gates)
@@ -348,7 +346,7 @@ def hopper(request, monkeypatch):
 
 
 @pytest.mark.usefixtures('poisoned_memory', 'hopper')
-@pytest.mark.parametrize('grid', [(4, 5), (3, 36)], ids=str)
+@pytest.mark.parametrize('grid', [(4, 5), (2, 35)], ids=str)
 def test_roles_of_the_backward_kernel(device, grid):
     """Everything at once, queries and keys after each other, or long lines, which take three launches."""
     TestFromQueriesToOutputs.check(
