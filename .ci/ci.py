@@ -234,7 +234,7 @@ def test_readme(run: Run, torch: str) -> None:
         run.part('API page', shell(f"{API_COMMAND} --output-directory '{run.scratch / 'api'}'"))
         run.part('tests of this script', shell('python -m pytest -q -n 0 .ci/test_ci.py'))
         run.part('browser', find_browser)
-        run.part('all tests', shell(f'{tests} -rs'))
+        run.part('all tests', shell(f'{tests} -rs --durations=25'))
         output = run.scratch / 'runs'
         run.part(
             'main job',
