@@ -186,6 +186,13 @@ def test_the_readme_has_the_screening():
         ('rope+axial_cope', 'rope', 'and `axial_cope` by {}.'),
         ('rope_mixed', 'rope', '`rope_mixed` ({})'),
         ('liere', 'rope', '`liere` ({})'),
+        ('sape2', 'sape2(distance=squared)', 'attention, are {} points below the distances of the paper'),
+        ('learned+rope', 'rope', 'they change `rope` by {} points'),
+        ('learned+axial_cope', 'axial_cope', 'points, `axial_cope` by {} and'),
+        ('learned+sape2', 'sape2', 'and `sape2` by {}.'),
+        ('sincos', 'axial_cope(gating=none)', 'level with `axial_cope(gating=none)` ({})'),
+        ('rope', 'sincos', '{} points below rotary'),
+        ('axial_cope(gating=none)', 'lookhere', '`lookhere` is {} points below `axial_cope(gating=none)`'),
     ],
 )
 def test_differences_in_the_screening(encoding, other, text):
