@@ -309,8 +309,8 @@ class TestFromQueriesToOutputs:
 
     def test_wide_heads_on_long_lines(self, device):
         """Backward in four launches of attention."""
-        inputs = whole(torch.bfloat16, device, (2, 33), 1, dim=72, size=0.03, heads=1)
-        self.check(inputs, (2, 33), 1, forward=2e-2, backward=2e-2)
+        inputs = whole(torch.bfloat16, device, (4, 33), 1, dim=72, size=0.03, heads=1)
+        self.check(inputs, (4, 33), 1, forward=2e-2, backward=2e-2)
 
     @pytest.mark.parametrize(('target', 'gates'), [('k', 'key'), ('k', 'other'), ('q', 'key'), ('q', 'none')])
     def test_more_lines_and_rows_than_a_program_takes_at_once(self, device, target, gates):
