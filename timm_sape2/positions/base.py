@@ -134,7 +134,7 @@ class PositionEncoding(nn.Module):
     def logit_channels(
         self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
-        """Return more channels of queries and keys, broadcastable to (B, h, N, e), or None for no bias.
+        """Return more channels of queries and keys, (B, h, N, e) with or without B and h, or None for no bias.
 
         Their dot products are added to the scaled dot products: a bias of rank e that no backend of attention has to
         store. The arguments are those of `attention_bias`.
@@ -142,7 +142,7 @@ class PositionEncoding(nn.Module):
         return None
 
     def value_channels(self, value: Tensor, grid: tuple[int, int], shared: Tensor | None = None) -> Tensor | None:
-        """Return more channels of the values, broadcastable to (B, h, N, e), for `add_to_output`; None for none."""
+        """Return more channels of the values for `add_to_output`, (B, h, N, e) with or without B and h, or None."""
         return None
 
     def add_to_output(
