@@ -8,11 +8,21 @@ import pytest
 import torch
 from timm.data import create_loader
 from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import resized_crop
 
 from timm_sape2.data import memory
 from timm_sape2.data.datasets import EvenlySpaced
 from timm_sape2.data.digits import Digits
-from timm_sape2.data.memory import ImagesInMemory, check_memory, create_memory_loader, read_images, shift_images
+from timm_sape2.data.memory import (
+    ImagesInMemory,
+    check_memory,
+    create_memory_loader,
+    draw_crops,
+    read_images,
+    resize_crops,
+    shift_images,
+)
 
 CPU = torch.device('cpu')
 PLAIN = dict(mean=(0.0,), std=(1.0,))
@@ -47,6 +57,50 @@ def test_every_shift_comes_up_and_no_larger_one():
     shares = torch.bincount(black_rows) / 2000, torch.bincount(black_columns) / 2000
     torch.testing.assert_close(shares[0], torch.tensor([1 / 3, 2 / 3]), atol=0.05, rtol=0)
     torch.testing.assert_close(shares[1], torch.tensor([0.2, 0.4, 0.4]), atol=0.05, rtol=0)
+
+
+def test_crop_by_hand():
+    """The middle two columns of the lower row, over a whole of 2 rows and 4 columns."""
+    image = torch.tensor([[1, 2, 3, 4], [10, 20, 40, 80]], dtype=torch.uint8).view(1, 1, 2, 4)
+    part = torch.tensor([1, 1, 1, 2]).view(4, 1)
+    expected = torch.tensor([[20.0, 25, 35, 40]]).expand(2, 4)
+    torch.testing.assert_close(resize_crops(image, part)[0, 0], expected)
+
+
+@pytest.mark.parametrize('size', [(9, 6), (16, 16), (1, 5)])
+def test_crops_are_those_of_torchvision(size):
+    images = torch.randint(0, 256, (40, 3, *size), dtype=torch.uint8)
+    crops = draw_crops(40, size, (0.1, 1), (0.5, 2))
+    resized = resize_crops(images, crops)
+    for image, ours, (top, left, height, width) in zip(images.float(), resized, crops.t().tolist(), strict=True):
+        torch.testing.assert_close(ours, resized_crop(image, top, left, height, width, size), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize('size', [(12, 20), (20, 12)])
+@pytest.mark.parametrize(('scale', 'ratio'), [((0.3, 1.0), (0.75, 4 / 3)), ((0.9, 1.0), (0.9, 1.1))])
+def test_parts_are_drawn_as_by_torchvision(size, scale, ratio):
+    """Their mean place and size, with many and with few that fit at once, and none outside the image."""
+    crops = draw_crops(4000, size, scale, ratio)
+    top, left, height, width = crops
+    assert crops[:2].min() == 0 and crops[2:].min() > 0
+    assert (top + height).max() <= size[0] and (left + width).max() <= size[1]
+    image = torch.empty(1, *size)
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(4000)])
+    torch.testing.assert_close(crops.float().mean(1), theirs.float().mean(0), atol=0.35, rtol=0)
+    torch.testing.assert_close(crops.float().std(1), theirs.float().std(0), atol=0.35, rtol=0)
+
+
+def test_parts_that_never_fit_are_as_large_as_their_shape_allows():
+    for size, ratio, part in [((10, 30), (0.5, 2), [0, 5, 10, 20]), ((30, 10), (0.5, 2), [5, 0, 20, 10])]:
+        assert draw_crops(3, size, (1, 1), ratio).t().tolist() == [part] * 3
+
+
+def test_the_whole_is_a_part():
+    images, targets = numbered(size=(5, 7))
+    data = ImagesInMemory(images, targets, **PLAIN, crops=((1, 1), (1.4, 1.4)))
+    batch, _ = data.__getitems__([1, 3])
+    assert batch.dtype == torch.float32
+    torch.testing.assert_close(batch, images[[1, 3]] / 255)
 
 
 def test_mirrored_at_the_given_rate():

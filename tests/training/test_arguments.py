@@ -66,17 +66,31 @@ def test_each_loader_has_its_augmentation():
     assert (args.loader, args.train_crop_mode, args.color_jitter) == ('workers', None, 0.4)
     args = parse_arguments(['--dataset', 'digits', '--loader', 'memory'])
     assert (args.train_crop_mode, args.color_jitter) == ('shift', 0)
+    args = parse_arguments(['--loader', 'memory', '--train-crop-mode', 'rrc', '--scale', '0.5', '1'])
+    assert (args.train_crop_mode, args.scale) == ('rrc', [0.5, 1])
 
 
 @pytest.mark.parametrize(
-    'flag', ['--train-crop-mode rrc', '--scale 0.5 1', '--ratio 1 1', '--color-jitter 0.1', '--aa original',
-             '--aug-repeats 2', '--train-interpolation bicubic'],
+    'flag', ['--train-crop-mode rkrc', '--color-jitter 0.1', '--aa original', '--aug-repeats 2',
+             '--train-interpolation bicubic'],
 )  # fmt: skip
 def test_what_the_loader_cannot_do_is_refused_by_name(flag):
     parse_arguments(flag.split())
     name = flag if 'mode' in flag else flag.split()[0]
     with pytest.raises(ValueError, match=f'--loader memory does not do {name}: leave it out, or use --loader workers'):
         parse_arguments([*flag.split(), '--loader', 'memory'])
+
+
+def test_shifts_are_of_whole_images():
+    message = '--loader memory shifts whole images: --scale, --ratio needs --train-crop-mode rrc'
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(['--loader', 'memory', '--scale', '0.5', '1', '--ratio', '1', '1'])
+
+
+@pytest.mark.parametrize('loader', ['workers', 'memory'])
+def test_ranges_begin_with_the_smallest(loader):
+    with pytest.raises(ValueError, match=r'--scale 1\.0 0\.5: the smallest comes first'):
+        parse_arguments(f'--loader {loader} --train-crop-mode rrc --scale 1 0.5'.split())
 
 
 def test_shifts_are_of_the_loader_from_memory():

@@ -69,16 +69,29 @@ def test_images_from_memory():
     loader = train_loader(args)
     data = loader.dataset
     assert (data.shift, data.hflip, data.erasing.probability, data.erasing.mode) == ((8, 8), 0.5, 0.5, 'const')
+    assert data.crops is None
     first, again, other = train_batches(args, epoch=3), train_batches(args, epoch=3), train_batches(args, epoch=4)
     assert all(torch.equal(images, same) for (images, _), (same, _) in zip(first, again, strict=True))
     assert not torch.equal(first[0][1], other[0][1])
 
     plain = arguments('--loader', 'memory', '--no-aug', '--reprob', '0.5', '--img-size', '8')
     data = train_loader(plain).dataset
-    assert (data.shift, data.hflip, data.erasing) == ((0, 0), 0, None)
+    assert (data.crops, data.shift, data.hflip, data.erasing) == (None, (0, 0), 0, None)
     assert torch.equal(data.images[:, 0], torch.from_numpy(Digits('train').images))
     validation = validation_loader(plain)
     assert torch.cat([targets for _, targets in validation]).tolist() == Digits('validation').targets.tolist()
+
+
+def test_crops_from_memory():
+    """In place of shifts; their defaults are those of the other loader."""
+    args = arguments('--loader', 'memory', '--train-crop-mode', 'rrc')
+    data = train_loader(args).dataset
+    assert (data.crops, data.shift) == (((0.08, 1), (3 / 4, 4 / 3)), (0, 0))
+    args = arguments('--loader', 'memory', '--train-crop-mode', 'rrc', '--scale', '0.5', '1', '--ratio', '1', '1.5')
+    assert train_loader(args).dataset.crops == ([0.5, 1], [1, 1.5])
+    first, again, other = train_batches(args, epoch=3), train_batches(args, epoch=3), train_batches(args, epoch=4)
+    assert all(torch.equal(images, same) for (images, _), (same, _) in zip(first, again, strict=True))
+    assert not torch.equal(first[0][0], other[0][0])
 
 
 def test_images_from_memory_are_mixed_on_the_device():

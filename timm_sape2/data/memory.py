@@ -10,6 +10,7 @@ from timm.data import create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.nn.functional import grid_sample
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ PROC, CGROUP = Path('/proc'), Path('/sys/fs/cgroup')
 
 
 class ImagesInMemory(Dataset):
-    """Images that torch's DataLoader takes from memory by the batch, shifted, mirrored, normalized and erased.
+    """Images that torch's DataLoader takes from memory by the batch, cropped or shifted, mirrored, normalized, erased.
 
     What is random comes from torch's global generator and, in erasing, from Python's: an epoch that is seeded alike
     gives the same batches.
@@ -28,6 +29,8 @@ class ImagesInMemory(Dataset):
         targets: Their classes, shape (N,), on the same device.
         mean: Mean of each channel, of pixels from 0 to 1.
         std: Standard deviation of each channel.
+        crops: Smallest and largest share of the area, and narrowest and widest shape, of the part of an image that is
+            resized to the whole; None for all of it.
         shift: Most pixels that an image is shifted by, down or up and to either side; black comes in.
         hflip: Probability that an image is mirrored.
         erasing: What erases parts of the normalized images, in place.
@@ -40,6 +43,7 @@ class ImagesInMemory(Dataset):
         targets: Tensor,
         mean: Sequence[float],
         std: Sequence[float],
+        crops: tuple[tuple[float, float], tuple[float, float]] | None = None,
         shift: tuple[int, int] = (0, 0),
         hflip: float = 0.0,
         erasing: RandomErasing | None = None,
@@ -49,6 +53,7 @@ class ImagesInMemory(Dataset):
         self.targets = targets
         scale = 255 * torch.tensor([mean, std], device=images.device)
         self.mean, self.std = scale.view(2, 1, -1, 1, 1)
+        self.crops = crops
         self.shift = shift
         self.hflip = hflip
         self.erasing = erasing
@@ -65,6 +70,8 @@ class ImagesInMemory(Dataset):
         """Return a batch: float images of shape (B, C, H, W), and classes of shape (B,)."""
         chosen = torch.tensor(indices, device=self.images.device)
         images = self.images[chosen]
+        if self.crops is not None:
+            images = resize_crops(images, draw_crops(len(images), images.shape[2:], *self.crops))
         if any(self.shift):
             images = shift_images(images, *(torch.randint(-most, most + 1, (len(images),)) for most in self.shift))
         if self.hflip:
@@ -74,6 +81,55 @@ class ImagesInMemory(Dataset):
         if self.erasing is not None:
             images = self.erasing(images)
         return images, self.targets[chosen]
+
+
+def draw_crops(count: int, size: Sequence[int], scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
+    """Draw parts of images as timm's and torchvision's random resized crops do.
+
+    Of ten parts, each of its own area and shape, the first that fits into the image is taken, anywhere in it; else the
+    largest one in the center whose shape is allowed.
+
+    Args:
+        count: Number of images.
+        size: Height and width of the images.
+        scale: Smallest and largest share of the area.
+        ratio: Narrowest and widest shape, width by height.
+
+    Returns:
+        Top, left, height and width of each part in pixels, shape (4, count).
+    """
+    whole = torch.tensor(size).view(2, 1)
+    area = whole.prod() * torch.empty(10, count).uniform_(*scale)
+    shape = torch.empty(10, count).uniform_(*map(math.log, ratio)).exp()
+    tries = torch.stack([(area / shape).sqrt(), (area * shape).sqrt()]).round().long()
+    fits = ((tries > 0) & (tries <= whole.unsqueeze(1))).all(0)
+    first = (fits * torch.arange(10, 0, -1).unsqueeze(1)).argmax(0)
+    height, width = size
+    most = [min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))]
+    sides = torch.where(fits.any(0), tries[:, first, torch.arange(count)], torch.tensor(most).view(2, 1))
+    room = whole - sides
+    anywhere = (torch.rand(2, count) * (room + 1)).long().minimum(room)
+    return torch.cat([torch.where(fits.any(0), anywhere, room // 2), sides])
+
+
+def resize_crops(images: Tensor, crops: Tensor) -> Tensor:
+    """Resize a part of every image of a batch to the whole, by linear interpolation within the part.
+
+    Args:
+        images: Shape (B, C, H, W).
+        crops: Top, left, height and width of the parts in pixels, shape (4, B).
+
+    Returns:
+        Float images of the same shape.
+    """
+    coordinates = []
+    for size, start, side in zip(images.shape[2:], *crops.to(images.device).unsqueeze(-1).split(2), strict=True):
+        pixels = (torch.arange(size, device=images.device) + 0.5) * side / size - 0.5
+        pixels = start + pixels.clamp(min=0).minimum(side - 1)
+        coordinates.append(2 * pixels / max(size - 1, 1) - 1)
+    down, right = coordinates
+    grid = torch.stack(torch.broadcast_tensors(right.unsqueeze(1), down.unsqueeze(2)), dim=-1)
+    return grid_sample(images.float(), grid, padding_mode='border', align_corners=True)
 
 
 def shift_images(images: Tensor, down: Tensor, right: Tensor) -> Tensor:

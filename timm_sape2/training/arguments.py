@@ -47,7 +47,7 @@ exit codes: 0 trained, 1 the loss is no longer finite, 2 an error in the input,
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 SCHEDULES = ('cosine', 'step', 'wsd', 'constant', 'none')
-NOT_FROM_MEMORY = ('scale', 'ratio', 'aa', 'aug_repeats', 'train_interpolation', 'train_img_sizes')
+NOT_FROM_MEMORY = ('aa', 'aug_repeats', 'train_interpolation', 'train_img_sizes')
 SEVERAL_SIZES = (
     *('train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread'),
     *('train_size_random_mix', 'train_batches_per_epoch', 'variable_batch_loss_scale'),
@@ -177,8 +177,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
         '--loader',
         choices=('workers', 'memory'),
         default='workers',
-        help='memory: keep all images on the device and augment them there in batches, by shifts, mirroring, erasing, '
-        'mixup, cutmix; for small images (default: workers, processes that decode and augment one by one)',
+        help='memory: keep all images on the device and augment them there in batches, by shifts or crops, mirroring, '
+        'erasing, mixup, cutmix; for small images (default: workers, processes that decode and augment one by one)',
     )
     add('--crop-pct', type=fraction, metavar='X', help='side that validation keeps, 0 to 1 (default: of the model)')
     add('--mean', type=float, nargs='+', metavar='X', help='mean of the pixels, 0 to 1 (default: of the model)')
@@ -313,7 +313,7 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
         '--train-crop-mode',
         choices=('rrc', 'rkrc', 'rkrr', 'shift'),
         help='random resized crop, or resize and keep the ratio, then crop the center or at random (default: rrc); '
-        'shift by up to an eighth of the side (the one of --loader memory)',
+        'shift by up to an eighth of the side (with --loader memory alone, and its default)',
     )
     add('--scale', type=positive_float, nargs=2, metavar='X', help='smallest and largest area (default: 0.08 1)')
     add('--ratio', type=positive_float, nargs=2, metavar='X', help='narrowest and widest shape (default: 0.75 1.33)')
@@ -443,15 +443,24 @@ def _tracking(parser: argparse.ArgumentParser) -> None:
 
 def _settle_augmentation(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Fill in what the loader does by default, and refuse what it cannot do."""
+    for name in ('scale', 'ratio'):
+        least, most = getattr(args, name) or (0, 0)
+        if least > most:
+            raise ValueError(f'{_flags([name])} {least} {most}: the smallest comes first')
     if args.loader == 'memory':
         refused = [name for name in NOT_FROM_MEMORY if _is_given(name, args, parser)]
         if args.color_jitter:
             refused.append('color_jitter')
-        if args.train_crop_mode not in (None, 'shift'):
+        if args.train_crop_mode not in (None, 'shift', 'rrc'):
             refused.append(f'train_crop_mode {args.train_crop_mode}')
         if refused:
             raise ValueError(f'--loader memory does not do {_flags(refused)}: leave it out, or use --loader workers')
-        args.color_jitter, args.train_crop_mode = 0.0, 'shift'
+        args.color_jitter, args.train_crop_mode = 0.0, args.train_crop_mode or 'shift'
+        without_crops = [name for name in ('scale', 'ratio') if getattr(args, name) is not None]
+        if args.train_crop_mode == 'shift' and without_crops:
+            raise ValueError(
+                f'--loader memory shifts whole images: {_flags(without_crops)} needs --train-crop-mode rrc'
+            )
     elif args.train_crop_mode == 'shift':
         raise ValueError('--train-crop-mode shift needs --loader memory')
     elif args.color_jitter is None:

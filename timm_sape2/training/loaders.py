@@ -114,7 +114,11 @@ def create_train_loader(
         height, width = data_config['input_size'][1:]
         augmentation: dict[str, Any] = {}
         if not no_aug:
-            augmentation = dict(shift=(height // 8, width // 8), hflip=hflip)
+            augmentation = dict(hflip=hflip)
+            if train_crop_mode == 'rrc':
+                augmentation['crops'] = scale or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
+            else:
+                augmentation['shift'] = height // 8, width // 8
             if reprob:
                 augmentation['erasing'] = RandomErasing(reprob, mode=remode, device=device)
         images = _hold_in_memory(dataset, {**data_config, 'crop_pct': 1.0}, device, workers, **augmentation)
