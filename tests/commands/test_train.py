@@ -338,6 +338,20 @@ def test_another_model_cannot_resume(run_folder, tmp_path, capsys):
     assert "was trained with model_kwargs {} instead of {'position': 'nope'}" in capsys.readouterr().err
 
 
+def test_two_runs_do_not_share_a_folder(run_folder, tmp_path, capsys):
+    """The second is refused from the first write of the other on, before there are checkpoints."""
+    argv = [*FLAGS, '--output', str(tmp_path), '--experiment', 'run']
+    run = set_up(tmp_path, '--experiment', 'run')
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    assert train.main([*argv, '--epochs', '1']) == 2
+    assert f'another process is training in {run.folder}: wait for it, stop it, or choose' in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+    with SignalCatcher() as signals:
+        loop.fit(run, signals)
+    assert len(summary(run.folder)) == 2
+    run_folder('--resume', 'auto', '--epochs', '3')
+
+
 def train_as_rank(rank, port, argv, signal_at_batch):
     """Train in one of two processes, and save the weights of each; rank 1 may get a signal."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from filelock import FileLock, Timeout
 from timm import utils
 from timm.data import Mixup
 from timm.optim import optimizer_kwargs
@@ -46,7 +47,7 @@ LOSS_SCALES = {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}  # exponents of the numb
 
 @dataclasses.dataclass
 class Run:
-    """All that the loop needs. Only the primary process has a saver."""
+    """All that the loop needs. Only the primary process has a saver, and the lock of the folder."""
 
     args: argparse.Namespace
     device: torch.device
@@ -63,6 +64,7 @@ class Run:
     folder: Path
     start: ResumePoint
     saver: utils.CheckpointSaver | None = None
+    lock: FileLock | None = None
     trackers: Sequence[Wandb | TensorBoard] = ()
 
 
@@ -186,6 +188,13 @@ def create_task(
 def open_folder(run: Run, recipe: dict[str, Any], checkpoint: Checkpoint | None) -> utils.CheckpointSaver:
     """Make the folder of the run, or put it in order after a kill, and return what saves checkpoints to it."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    run.lock = FileLock(run.folder / '.lock', blocking=False)
+    try:
+        run.lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f'another process is training in {run.folder}: wait for it, stop it, or choose another --experiment'
+        ) from None
     if run.start.epoch < run.num_epochs:
         run_folder.begin_record(
             run.folder,
@@ -229,26 +238,32 @@ def open_trackers(run: Run, recipe: dict[str, Any]) -> list[Wandb | TensorBoard]
 
 
 def fit(run: Run, signals: SignalCatcher) -> None:
-    """Train and validate the epochs that are left."""
-    if run.start.epoch >= run.num_epochs:
-        _logger.info(f'All {run.num_epochs} epochs are trained; --epochs N trains more')
-    for epoch in range(run.start.epoch, run.num_epochs):
-        if run.scheduler is not None:
-            run.scheduler.step(epoch)
-        point = train_one_epoch(run, epoch, signals)
-        metrics, started = None, time.perf_counter()
-        if (epoch + 1) % run.args.val_interval == 0 or epoch + 1 == run.num_epochs:
-            metrics = validate(run, signals)
-            if metrics is not None and run.task.has_ema():
-                metrics = validate(run, signals, ema=True)
-            if metrics is None:
-                stop(run, point, signals)
-        if run.saver is not None:
-            run_folder.add_to_record(run.folder, epoch, point.loss_count, point.seconds, time.perf_counter() - started)
-        if metrics is not None:
-            save_epoch(run, point, metrics)
-    for tracker in run.trackers:
-        tracker.close()
+    """Train and validate the epochs that are left, then leave the folder to others."""
+    try:
+        if run.start.epoch >= run.num_epochs:
+            _logger.info(f'All {run.num_epochs} epochs are trained; --epochs N trains more')
+        for epoch in range(run.start.epoch, run.num_epochs):
+            if run.scheduler is not None:
+                run.scheduler.step(epoch)
+            point = train_one_epoch(run, epoch, signals)
+            metrics, started = None, time.perf_counter()
+            if (epoch + 1) % run.args.val_interval == 0 or epoch + 1 == run.num_epochs:
+                metrics = validate(run, signals)
+                if metrics is not None and run.task.has_ema():
+                    metrics = validate(run, signals, ema=True)
+                if metrics is None:
+                    stop(run, point, signals)
+            if run.saver is not None:
+                run_folder.add_to_record(
+                    run.folder, epoch, point.loss_count, point.seconds, time.perf_counter() - started
+                )
+            if metrics is not None:
+                save_epoch(run, point, metrics)
+        for tracker in run.trackers:
+            tracker.close()
+    finally:
+        if run.lock is not None:
+            run.lock.release()
 
 
 def train_one_epoch(run: Run, epoch: int, signals: SignalCatcher) -> ResumePoint:
