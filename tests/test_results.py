@@ -12,6 +12,7 @@ from timm_sape2.__main__ import build_parser
 from timm_sape2.studies.report import grouped, improvement, plus_minus
 from timm_sape2.trained.accuracy import binomial_interval
 from timm_sape2.training.arguments import build_parser as build_training_parser
+from timm_sape2.training.arguments import parse_arguments as parse_training_arguments
 from timm_sape2.training.run_folder import read_record, summarize_record
 
 ROOT = Path(__file__).parents[1]
@@ -127,9 +128,9 @@ def test_fair_table():
         assert made['command'] in PAGE and made['commit'][:7] in PAGE
 
 
-def screened():
-    """Runs of the screening by encoding, as the report reads them."""
-    last = [row for row in table_of(RESULTS / 'screening' / 'results.csv') if row['epoch'] == '3']
+def screened(folder='screening'):
+    """Runs of a screening by encoding, as the report reads them."""
+    last = [row for row in table_of(RESULTS / folder / 'results.csv') if row['epoch'] == '3']
     assert len({(row['encoding'], row['seed']) for row in last}) == len(last) > 1
     rows = [{**row, 'seed': int(row['seed']), 'top1': float(row['top1'])} for row in last]
     rows.sort(key=lambda row: row['seed'])
@@ -142,9 +143,52 @@ def test_screening():
         top1 = plus_minus([row['top1'] for row in of_encoding])
         seeds = ', '.join(str(row['seed']) for row in of_encoding)
         assert f'| `{encoding}` | {top1} | {improvement(of_encoding, runs["learned"])} | {seeds} |' in page
-    record = json.loads((RESULTS / 'screening' / 'run.json').read_text())
+    assert_made_by_what_the_page_says('screening', page)
+
+
+def assert_made_by_what_the_page_says(folder, page):
+    record = json.loads((RESULTS / folder / 'run.json').read_text())
     for made in record['made_by']:
         assert made['command'] in page and made['commit'][:7] in page
+
+
+def test_screening_with_muon():
+    page, (adamw, muon) = (ROOT / 'docs' / 'studies.md').read_text(), (screened(), screened('screening_muon'))
+    gains = []
+    for encoding in muon:
+        cells = []
+        for runs in (adamw, muon):
+            top1, learned = runs[encoding][0]['top1'], runs['learned'][0]['top1']
+            cells += [f'{top1:.2f}', f'{top1 - learned:.2f}']
+        gains.append(muon[encoding][0]['top1'] - adamw[encoding][0]['top1'])
+        assert f'| `{encoding}` | {" | ".join(cells)} |' in page
+    assert f'accuracies by {min(gains):.0f} to {max(gains):.0f} points' in page
+    assert_made_by_what_the_page_says('screening_muon', page)
+
+
+@pytest.mark.parametrize(
+    ('encoding', 'other', 'text'),
+    [
+        ('rope', 'learned', 'ahead, by {} points of learned embeddings'),
+        ('sape2', 'nope', 'SaPE2 adds {} points to no encoding'),
+        ('learned+sape2', 'learned', 'and {} to learned embeddings'),
+    ],
+)
+def test_differences_with_muon(encoding, other, text):
+    runs, page = screened('screening_muon'), ' '.join((ROOT / 'docs' / 'studies.md').read_text().split())
+    assert text.format(f'{runs[encoding][0]["top1"] - runs[other][0]["top1"]:.2f}') in page
+
+
+@pytest.mark.parametrize('run', sorted(folder.name for folder in (RESULTS / 'optimizers').iterdir()))
+def test_optimizers(run):
+    record, epochs = read_record(RESULTS / 'optimizers' / run), table_of(RESULTS / 'optimizers' / run / 'summary.csv')
+    (start,) = record['starts']
+    args = parse_training_arguments(shlex.split(start['command'])[2:])
+    encoding = args.model_kwargs.get('position', 'learned+sape2')
+    minutes = sum(epoch['training_seconds'] for epoch in record['epochs']) / 60
+    row = f'[{args.opt}](results/optimizers/{run}/run.json) | {args.lr:g} | {float(epochs[-1]["eval_top1"]):.2f} %'
+    page = (ROOT / 'docs' / 'training.md').read_text()
+    assert f'| `{encoding}` | {row} | {minutes:.1f} |' in page and start['commit'][:7] in page
 
 
 def test_the_readme_has_the_fair_table():
