@@ -179,6 +179,20 @@ def test_differences_with_muon(encoding, other, text):
     assert text.format(f'{runs[encoding][0]["top1"] - runs[other][0]["top1"]:.2f}') in page
 
 
+def test_the_readme_has_the_screening_with_muon():
+    adamw, muon = (
+        {encoding: of_encoding[0]['top1'] for encoding, of_encoding in screened(folder).items()}
+        for folder in ('screening', 'screening_muon')
+    )
+    gains = [muon[encoding] - adamw[encoding] for encoding in muon]
+    text = (
+        f"the same updates end {min(gains):.0f} to {max(gains):.0f} points higher (one seed). Rotary's lead over "
+        f'learned embeddings is {muon["rope"] - muon["learned"]:.2f} points then, and SaPE2 changes learned embeddings by '
+        f'{muon["learned+sape2"] - muon["learned"]:.2f} and no encoding by {muon["sape2"] - muon["nope"]:.2f}.'
+    )
+    assert text in ' '.join(README.split())
+
+
 @pytest.mark.parametrize('run', sorted(folder.name for folder in (RESULTS / 'optimizers').iterdir()))
 def test_optimizers(run):
     record, epochs = read_record(RESULTS / 'optimizers' / run), table_of(RESULTS / 'optimizers' / run / 'summary.csv')
