@@ -185,10 +185,14 @@ def test_the_readme_has_the_screening_with_muon():
         for folder in ('screening', 'screening_muon')
     )
     gains = [muon[encoding] - adamw[encoding] for encoding in muon]
+    lead, beside, alone = (
+        muon[encoding] - muon[other]
+        for encoding, other in (('rope', 'learned'), ('learned+sape2', 'learned'), ('sape2', 'nope'))
+    )
     text = (
         f"the same updates end {min(gains):.0f} to {max(gains):.0f} points higher (one seed). Rotary's lead over "
-        f'learned embeddings is {muon["rope"] - muon["learned"]:.2f} points then, and SaPE2 changes learned embeddings by '
-        f'{muon["learned+sape2"] - muon["learned"]:.2f} and no encoding by {muon["sape2"] - muon["nope"]:.2f}.'
+        f'learned embeddings is {lead:.2f} points then, and SaPE2 changes learned embeddings by {beside:.2f} and '
+        f'no encoding by {alone:.2f}.'
     )
     assert text in ' '.join(README.split())
 
