@@ -61,6 +61,25 @@ def test_what_training_took(run):
         assert start['command'] in PAGE
 
 
+def test_half_an_hour():
+    folder = RESULTS / 'half_hour'
+    record = read_record(folder)
+    (start,), took = record['starts'], summarize_record(record)
+    cells = []
+    for size in (32, 48, 64):
+        accuracy = json.loads((folder / f'validation_{size}.json').read_text())
+        assert accuracy['num_images'] == 10_000 and accuracy['input_size'] == [3, size, size]
+        cells.append('{:.2f} % ({:.2f} to {:.2f})'.format(accuracy['top1'], *accuracy['top1_interval']))
+    minutes = sum(epoch['training_seconds'] for epoch in record['epochs']) / 60
+    row = (
+        f'[half_hour](results/half_hour/run.json) | {minutes:.0f} | {took["images_per_second"]} | {" | ".join(cells)} |'
+    )
+    assert f'| {row}' in PAGE and start['command'] in PAGE and start['commit'] in PAGE
+    top1 = json.loads((folder / 'validation_32.json').read_text())['top1']
+    assert f'That is {measured("timm-sape2", 32)["top1"] - top1:.2f} points below the weights above' in PAGE
+    assert f'half an hour of one CPU core reaches {top1:.2f} %' in README
+
+
 def test_accuracy_by_size():
     rows = table_of(RESULTS / 'resolution' / 'results.csv')
     for scale in ('none', 'grid'):
