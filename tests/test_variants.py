@@ -100,6 +100,11 @@ def test_a_term_without_content_by_hand():
     ]
 
 
+def test_content_is_a_flag():
+    with pytest.raises(ValueError, match="content must be true or false, got 'false'"):
+        build('axial_bias', content='false')
+
+
 def test_without_its_term_it_is_axial_cope_with_gates_of_1():
     model, other = build('axial_bias'), build('axial_cope', gating='none')
     drawn = draw(model)

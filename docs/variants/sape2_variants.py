@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from timm_sape2.positions import ENCODINGS, HostShape, PositionEncoding
 from timm_sape2.positions.grid import one_hot_coordinates
+from timm_sape2.positions.options import check_flag
 
 SaPE2, AxialContextualPosition = ENCODINGS['sape2'], ENCODINGS['axial_cope']
 
@@ -101,6 +102,9 @@ class AxialBias(PositionEncoding):
         content: Whether the term of the query, `q_i . E(p[c])`, is there.
         num_positions: Entries of each table, n.
         initial_std: Standard deviation of the initial tables E; the terms f begin at 0.
+
+    Raises:
+        ValueError: `content` is neither true nor false.
     """
 
     place, kind, translation = 'block', 'learned', 'absolute'
@@ -115,6 +119,7 @@ class AxialBias(PositionEncoding):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_flag('content', content)
         super().__init__()
         self.initial_std = initial_std
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
