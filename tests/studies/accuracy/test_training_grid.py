@@ -151,6 +151,10 @@ def test_last_epoch_of_every_run():
                 'position_args': {'rope': {'coordinates': 'max', 'jitter': 2}, 'shaw': {'values': False}},
             },
         ),
+        (
+            'sape2(recompute=true, target=q)',
+            {'position': 'sape2', 'position_args': {'sape2': {'recompute': True, 'target': 'q'}}},
+        ),
     ],
 )
 def test_options_of_encodings_stand_in_brackets(name, arguments):

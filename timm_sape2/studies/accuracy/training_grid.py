@@ -87,6 +87,9 @@ def encoding_with_options(position: str, position_args: Mapping[str, Mapping[str
 
 
 def _literal(text: str) -> Any:
+    """Return a value that is written as in Python, or true or false as in YAML; all else is text."""
+    if text in ('true', 'false'):
+        return text == 'true'
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
