@@ -286,6 +286,7 @@ def test_the_readme_has_the_screening():
         ('learned+sape2', 'sape2', 'and `sape2` by {}.'),
         ('sincos', 'axial_cope(gating=none)', 'level with `axial_cope(gating=none)` ({})'),
         ('rope', 'sincos', '{} points below rotary'),
+        ('axial_cope(gating=none)', 'axial_bias(content=false)', 'is {} points below tables that queries read'),
         ('axial_cope(gating=none)', 'lookhere', '`lookhere` is {} points below `axial_cope(gating=none)`'),
     ],
 )
@@ -302,6 +303,14 @@ def test_differences_in_the_screening(encoding, other, text):
         ('rope+axial_cope(gating=none)', 'rope'),
         ('sape2(initial_std=0.2)', 'sape2'),
         ('sape2(gating=none)', 'sape2'),
+        ('sape2_factor', 'sape2(initial_std=0.2)'),
+        ('sape2_factor(initial_factor=1.0)', 'sape2(initial_std=0.2)'),
+        ('sape2_tied', 'sape2'),
+        ('axial_cope_tied(gating=none)', 'axial_cope(gating=none)'),
+        ('axial_cope(initial_std=0.02)', 'axial_cope'),
+        ('axial_bias', 'axial_cope(gating=none)'),
+        ('axial_bias(content=false)', 'axial_cope(gating=none)'),
+        ('rope+axial_bias', 'rope'),
     ],
 )
 def test_variants_in_the_screening(variant, before):
