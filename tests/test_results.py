@@ -241,6 +241,19 @@ def test_optimizers(run):
     assert f'| `{encoding}` | {row} | {minutes:.1f} |' in page and start['commit'][:7] in page
 
 
+def test_bfloat16_on_a_cpu():
+    page = (ROOT / 'docs' / 'training.md').read_text()
+    speeds = {}
+    for name in ('float32', 'bfloat16', 'bfloat16_plain'):
+        folder = ROOT / 'docs' / 'studies' / f'overhead_{name}'
+        for row in table_of(folder / 'results.csv'):
+            speeds.setdefault(row['encoding'], []).append(f'{float(row["training_images_per_second"]):.0f}')
+        (made,) = json.loads((folder / 'run.json').read_text())['made_by']
+        assert made['commit'][:7] in page
+    for encoding, cells in speeds.items():
+        assert f'| `{encoding}` | {" | ".join(cells)} |' in page
+
+
 def test_the_readme_has_the_fair_table():
     last = {row['encoding']: row['top1'] for row in table_of(RESULTS / 'fair' / 'results.csv') if row['epoch'] == '15'}
     names = ('learned+sape2', 'learned', 'rope', 'rope+sape2', 'sape2', 'nope')
