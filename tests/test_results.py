@@ -252,6 +252,10 @@ def test_bfloat16_on_a_cpu():
         assert made['commit'][:7] in page
     for encoding, cells in speeds.items():
         assert f'| `{encoding}` | {" | ".join(cells)} |' in page
+    ours, none = ([float(cell) for cell in speeds[encoding]] for encoding in ('learned+sape2', 'nope'))
+    text = 'SaPE2 + learned trains at {:.2f} of the speed without encoding, and in bfloat16'
+    assert text.format(ours[0] / none[0]) in page and f'at {ours[1] / none[2]:.2f}.' in page
+    assert f'it takes {none[2] / ours[1]:.2f} of the time.' in README
 
 
 def test_the_readme_has_the_fair_table():
