@@ -143,15 +143,18 @@ def test_fair_table():
         low, high = binomial_interval(float(row['top1']), 10_000)
         line = f'| `{row["encoding"]}` | {row["layer_scale"]} | {row["seed"]} | {float(row["top1"]):.2f} |'
         assert f'{line} {low:.2f} to {high:.2f} |' in PAGE
-    record = json.loads((RESULTS / 'fair' / 'run.json').read_text())
-    for made in record['made_by']:
-        assert made['command'] in PAGE and made['commit'][:7] in PAGE
+    assert_made_by_what_the_page_says('fair', PAGE)
+
+
+def fair(*encodings):
+    """Top-1 of these encodings after the last epoch."""
+    last = {row['encoding']: row['top1'] for row in table_of(RESULTS / 'fair' / 'results.csv') if row['epoch'] == '15'}
+    return (float(last[encoding]) for encoding in encodings)
 
 
 def test_verdict_at_the_top():
-    last = {row['encoding']: row['top1'] for row in table_of(RESULTS / 'fair' / 'results.csv') if row['epoch'] == '15'}
     names = ('learned+sape2', 'sape2', 'nope', 'rope', 'rope+sape2', 'learned')
-    both, sape2, none, rotary, beside, learned = (float(last[name]) for name in names)
+    both, sape2, none, rotary, beside, learned = fair(*names)
     text = (
         f'SaPE2 + learned ends {learned - both:.2f} points below learned embeddings alone, and SaPE2 alone '
         f'{learned - sape2:.2f} points below them, which is no more than no encoding at all has ({none:.2f} %), while '
@@ -207,22 +210,6 @@ def test_screening_with_muon():
     assert_made_by_what_the_page_says('screening_muon', page)
 
 
-@pytest.mark.parametrize(
-    ('encoding', 'other', 'text'),
-    [
-        ('rope', 'learned', 'Rotary is ahead of learned embeddings by {} points'),
-        ('axial_cope(gating=none)', 'rope', 'directly without gates is {} points above rotary'),
-        ('axial_cope(gating=none)', 'learned', 'and {} above learned embeddings'),
-        ('learned+sape2', 'learned', 'SaPE2 itself changes learned embeddings by {} points'),
-        ('rope+sape2', 'rope', 'rotary by {}, and'),
-        ('sape2', 'nope', 'and no encoding by {}.'),
-    ],
-)
-def test_differences_with_muon(encoding, other, text):
-    runs, page = screened('screening_muon'), ' '.join((ROOT / 'docs' / 'studies.md').read_text().split())
-    assert text.format(improvement(runs[encoding], runs[other])) in page
-
-
 def test_the_readme_has_the_screening_with_muon():
     runs, gains, readme = screened('screening_muon'), gains_with_muon(), ' '.join(README.split())
     assert f'the same updates end {min(gains):.0f} to {max(gains):.0f} points higher' in readme
@@ -248,6 +235,15 @@ def test_optimizers(run):
     assert f'| `{encoding}` | {row} | {minutes:.1f} |' in page and start['commit'][:7] in page
 
 
+def test_speed_of_optimizers():
+    muon, adamw = (
+        summarize_record(read_record(RESULTS / 'optimizers' / run))['images_per_second'] for run in ('muon3', 'adamw1')
+    )
+    assert (
+        f'as long as one with AdamW here: {muon} and {adamw} images/s.' in (ROOT / 'docs' / 'training.md').read_text()
+    )
+
+
 def test_bfloat16_on_a_cpu():
     page = (ROOT / 'docs' / 'training.md').read_text()
     speeds = {}
@@ -266,9 +262,8 @@ def test_bfloat16_on_a_cpu():
 
 
 def test_the_readme_has_the_fair_table():
-    last = {row['encoding']: row['top1'] for row in table_of(RESULTS / 'fair' / 'results.csv') if row['epoch'] == '15'}
     names = ('learned+sape2', 'learned', 'rope', 'rope+sape2', 'sape2', 'nope')
-    both, alone, rotary, beside, sape2, none = (float(last[name]) for name in names)
+    both, alone, rotary, beside, sape2, none = fair(*names)
     text = (
         f'SaPE2 + learned reaches {both:.2f} %, learned embeddings alone {alone:.2f} %, rotary {rotary:.2f} %, '
         f'rotary with SaPE2 {beside:.2f} %, SaPE2 alone {sape2:.2f} %, no encoding {none:.2f} %'
@@ -292,30 +287,46 @@ def test_the_readme_has_the_screening():
 
 
 @pytest.mark.parametrize(
-    ('encoding', 'other', 'text'),
+    ('folder', 'encoding', 'other', 'text'),
     [
-        ('axial_cope', 'sape2', '{} points above `sape2`'),
-        ('sape2', 'learned', 'level with learned embeddings ({})'),
-        ('sape2', 'nope', 'with no encoding at all ({})'),
-        ('axial_cope(gating=none)', 'axial_cope', '`axial_cope` is {} points better than with semantic gates'),
-        ('rope', 'axial_cope', 'Rotary is {} points above `axial_cope`'),
-        ('rope', 'axial_cope(gating=none)', 'and {} above it without gates'),
-        ('rope+sape2', 'rope', '`sape2` changes the accuracy by {} points'),
-        ('rope+axial_cope', 'rope', 'and `axial_cope` by {}.'),
-        ('rope_mixed', 'rope', '`rope_mixed` ({})'),
-        ('liere', 'rope', '`liere` ({})'),
-        ('sape2', 'sape2(distance=squared)', 'attention, are {} points below the distances of the paper'),
-        ('learned+rope', 'rope', 'they change `rope` by {} points'),
-        ('learned+axial_cope', 'axial_cope', 'points, `axial_cope` by {} and'),
-        ('learned+sape2', 'sape2', 'and `sape2` by {}.'),
-        ('sincos', 'axial_cope(gating=none)', 'level with `axial_cope(gating=none)` ({})'),
-        ('rope', 'sincos', '{} points below rotary'),
-        ('axial_cope(gating=none)', 'axial_bias(content=false)', 'is {} points below tables that queries read'),
-        ('axial_cope(gating=none)', 'lookhere', '`lookhere` is {} points below `axial_cope(gating=none)`'),
+        ('screening', 'axial_cope', 'sape2', '{} points above `sape2`'),
+        ('screening', 'sape2', 'learned', 'level with learned embeddings ({})'),
+        ('screening', 'sape2', 'nope', 'with no encoding at all ({})'),
+        (
+            'screening',
+            'axial_cope(gating=none)',
+            'axial_cope',
+            '`axial_cope` is {} points better than with semantic gates',
+        ),
+        ('screening', 'rope', 'axial_cope', 'Rotary is {} points above `axial_cope`'),
+        ('screening', 'rope', 'axial_cope(gating=none)', 'and {} above it without gates'),
+        ('screening', 'rope+sape2', 'rope', '`sape2` changes the accuracy by {} points'),
+        ('screening', 'rope+axial_cope', 'rope', 'and `axial_cope` by {}.'),
+        ('screening', 'rope_mixed', 'rope', '`rope_mixed` ({})'),
+        ('screening', 'liere', 'rope', '`liere` ({})'),
+        ('screening', 'sape2', 'sape2(distance=squared)', 'attention, are {} points below the distances of the paper'),
+        ('screening', 'learned+rope', 'rope', 'they change `rope` by {} points'),
+        ('screening', 'learned+axial_cope', 'axial_cope', 'points, `axial_cope` by {} and'),
+        ('screening', 'learned+sape2', 'sape2', 'and `sape2` by {}.'),
+        ('screening', 'sincos', 'axial_cope(gating=none)', 'level with `axial_cope(gating=none)` ({})'),
+        ('screening', 'rope', 'sincos', '{} points below rotary'),
+        (
+            'screening',
+            'axial_cope(gating=none)',
+            'axial_bias(content=false)',
+            'is {} points below tables that queries read',
+        ),
+        ('screening', 'axial_cope(gating=none)', 'lookhere', '`lookhere` is {} points below `axial_cope(gating=none)`'),
+        ('screening_muon', 'rope', 'learned', 'Rotary is ahead of learned embeddings by {} points'),
+        ('screening_muon', 'axial_cope(gating=none)', 'rope', 'directly without gates is {} points above rotary'),
+        ('screening_muon', 'axial_cope(gating=none)', 'learned', 'and {} above learned embeddings'),
+        ('screening_muon', 'learned+sape2', 'learned', 'SaPE2 itself changes learned embeddings by {} points'),
+        ('screening_muon', 'rope+sape2', 'rope', 'rotary by {}, and'),
+        ('screening_muon', 'sape2', 'nope', 'and no encoding by {}.'),
     ],
 )
-def test_differences_in_the_screening(encoding, other, text):
-    runs, page = screened(), ' '.join((ROOT / 'docs' / 'studies.md').read_text().split())
+def test_differences_in_the_screenings(folder, encoding, other, text):
+    runs, page = screened(folder), ' '.join((ROOT / 'docs' / 'studies.md').read_text().split())
     assert text.format(improvement(runs[encoding], runs[other])) in page
 
 

@@ -456,11 +456,9 @@ def _settle_augmentation(args: argparse.Namespace, parser: argparse.ArgumentPars
         if refused:
             raise ValueError(f'--loader memory does not do {_flags(refused)}: leave it out, or use --loader workers')
         args.color_jitter, args.train_crop_mode = 0.0, args.train_crop_mode or 'shift'
-        without_crops = [name for name in ('scale', 'ratio') if getattr(args, name) is not None]
-        if args.train_crop_mode == 'shift' and without_crops:
-            raise ValueError(
-                f'--loader memory shifts whole images: {_flags(without_crops)} needs --train-crop-mode rrc'
-            )
+        of_crops = [name for name in ('scale', 'ratio') if getattr(args, name) is not None]
+        if args.train_crop_mode == 'shift' and of_crops:
+            raise ValueError(f'--loader memory shifts whole images: {_flags(of_crops)} needs --train-crop-mode rrc')
     elif args.train_crop_mode == 'shift':
         raise ValueError('--train-crop-mode shift needs --loader memory')
     elif args.color_jitter is None:
